@@ -1,0 +1,126 @@
+"""Where ranks run: the port a kind of cluster implements, and this machine's implementation.
+
+`cluster.executor` names it. `local` is here; others are found by the entry point group `dist_infer.executors`, so that
+nothing in this package knows Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+from dist_infer.config import ClusterConfig
+from dist_infer.engine.executor import Executor
+from dist_infer.worker.setup import StoreLocation, WorkerSetup
+from partition.errors import ConfigError
+from partition.hardware import HardwareFacts
+from partition.plan import Plan, plan_to_json
+
+LoadProgress = Callable[[int, int], None]
+ENTRY_POINTS = "dist_infer.executors"
+# Resident memory of a process with torch and transformers loaded and nothing of ours allocated, measured with
+# benchmarks/footprint.py; the planner keeps it out of the budgets.
+PROCESS_FOOTPRINT_BYTES = 450 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory of the processes themselves: per rank, and of the coordinator with what it starts."""
+
+    rank_bytes: int
+    launcher_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpec:
+    """What all ranks of a run have in common; `setup` adds what differs."""
+
+    plan: Plan
+    config_json: str
+    store: StoreLocation
+    verify: str
+    step_timeout_s: float
+
+    def setup(self, ranks: tuple[int, ...], threads: int) -> WorkerSetup:
+        return WorkerSetup(
+            plan_json=plan_to_json(self.plan),
+            config_json=self.config_json,
+            ranks=ranks,
+            store=self.store,
+            device=self.plan.device,
+            verify=self.verify,
+            threads=threads,
+            step_timeout_s=self.step_timeout_s,
+        )
+
+
+class Backend(Protocol):
+    """A kind of cluster. Made from the cluster section; `close` releases what it started, on every path."""
+
+    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+        """What the nodes have. sample, dtype: measure the store's disk and the compute rate instead of assuming."""
+        ...
+
+    def footprint(self, tensor: int, pipeline: int) -> Footprint: ...
+
+    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor: ...
+
+    def close(self) -> None: ...
+
+
+class LocalBackend:
+    """This machine, without Ray."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+
+    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+        from dist_infer.machine import machine_facts
+
+        return HardwareFacts(nodes=(machine_facts(with_devices=with_devices, sample=sample, dtype=dtype),))
+
+    def footprint(self, tensor: int, pipeline: int) -> Footprint:
+        """One process for the coordinator; with tensor > 1 one more per tensor rank, shared by its stages."""
+        rank_bytes = PROCESS_FOOTPRINT_BYTES // pipeline if tensor > 1 else 0
+        return Footprint(rank_bytes=rank_bytes, launcher_bytes=PROCESS_FOOTPRINT_BYTES)
+
+    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor:
+        from dist_infer.worker.local_executor import InProcessExecutor, SpawnedExecutor
+
+        plan, timeout = spec.plan, self._config.start_timeout
+        # Stages of one process compute one after the other: each may use what its process may use.
+        threads = max(rank.threads for rank in plan.ranks) * plan.pipeline
+        if plan.tensor == 1:
+            ranks = tuple(range(plan.pipeline))
+            return InProcessExecutor(spec.setup(ranks, threads), start_timeout_s=timeout, progress=progress)
+        setups = [
+            spec.setup(tuple(stage * plan.tensor + tp_rank for stage in range(plan.pipeline)), threads)
+            for tp_rank in range(plan.tensor)
+        ]
+        return SpawnedExecutor(setups, start_timeout_s=timeout, progress=progress)
+
+    def close(self) -> None:
+        """Nothing outlives the executor."""
+
+
+def make_backend(config: ClusterConfig, name: str) -> Backend:
+    """The backend that `cluster.executor` names. name: the run's, for what shows up in the cluster's own tools."""
+    if config.executor == "local":
+        return LocalBackend(config)
+    for found in entry_points(group=ENTRY_POINTS, name=config.executor):
+        try:
+            kind = found.load()
+        except ImportError as error:
+            raise ConfigError(
+                f"cluster.executor: {config.executor} needs a package that is not installed ({error}); "
+                f"`pip install 'dist-infer[{config.executor}]'`, or use cluster.executor: local"
+            ) from error
+        backend: Backend = kind(config, name)
+        return backend
+    raise ConfigError(
+        f"cluster.executor: {config.executor} is not available: dist-infer is not installed as a package here "
+        "(`pip install .`); cluster.executor: local works without"
+    )

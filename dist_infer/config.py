@@ -1,0 +1,305 @@
+"""The run file: what people write in YAML, frozen once read. Unknown keys are errors that name the nearest key.
+
+Each section belongs to the part that reads it; only `load_config`'s callers ever hold the root. Sizes are written
+`512 MiB`, times `30 s`; `auto` is allowed where the planner can decide.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from partition.errors import ConfigError
+from partition.sizes import parse_size
+
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|)\s*$")
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def _size(value: Any) -> Any:
+    return value if value == "auto" else parse_size(value)
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        found = _DURATION.match(value)
+        if found is None:
+            raise ConfigError(f"{value!r} is not a time: write e.g. '30 s', '2 min'")
+        return float(found[1]) * _SECONDS[found[2]]
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(json_schema_extra={"format": "size, e.g. '512 MiB'"})]
+Auto = Literal["auto"]
+AutoSize = Annotated[int | Auto, BeforeValidator(_size), Field(json_schema_extra={"format": "size, e.g. '512 MiB'"})]
+Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0, json_schema_extra={"format": "time, e.g. '30 s'"})]
+AutoSeconds = Annotated[
+    float | Auto, BeforeValidator(_duration), Field(json_schema_extra={"format": "time, e.g. '30 s'"})
+]
+Count = Annotated[int, Field(ge=1)]
+AutoCount = Annotated[int, Field(ge=1)] | Auto
+
+
+class Section(BaseModel):
+    """A part of the run file: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """Which model, and in which number format it computes."""
+
+    path: str = Field(
+        description="A directory (config.json, safetensors, tokenizer), a GGUF file, `package:NAME/FILE` for a file "
+        "inside an installed Python package, or a hub id such as `org/model` (needs huggingface_hub and a network). "
+        "A relative path is taken from the run file's directory."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Number format of weights, activations and KV cache. auto: what the checkpoint is stored in; "
+        "bfloat16 for a quantized GGUF.",
+    )
+
+
+class ParallelConfig(Section):
+    """How many ranks share the model."""
+
+    tensor: Count = Field(
+        1, description="Ranks that share every layer (whole KV groups each, unevenly where it does not divide them)."
+    )
+    pipeline: Count = Field(1, description="Stages: consecutive runs of layers, balanced by bytes.")
+
+
+class OffloadConfig(Section):
+    """Where weights live: the packed store on local disk, and how much memory may hold them."""
+
+    store: str = Field(
+        "~/.cache/dist-infer/stores",
+        description="Directory for packed stores, on a local NVMe. One store per model, dtype and tensor degree is "
+        "made below it, once. A relative path is taken from the run file's directory.",
+    )
+    device_memory: AutoSize = Field(
+        "auto",
+        description="Ceiling, per rank, for what is allocated on a GPU: resident weights, slots, KV cache, "
+        "activations. auto: what the device has free, less a reserve. On cpu there is one memory, host_memory, and "
+        "this key is refused.",
+    )
+    host_memory: AutoSize = Field(
+        "auto",
+        description="Ceiling, per node and shared by its ranks, for what is allocated in host memory: on cpu "
+        "resident weights, slots, KV cache and activations; with GPUs host-tier units and pinned slots. auto: what "
+        "the machine or its memory cgroup has, less the processes' own footprint and a reserve.",
+    )
+    encoding: Literal["float"] = Field(
+        "float", description="How weights are stored at rest. float: in model.dtype, bit-exact."
+    )
+    reader: Literal["auto", "threads"] = Field(
+        "auto", description="How the store is read. threads: O_DIRECT preadv in a few threads; auto: threads."
+    )
+    slots: AutoCount = Field(
+        "auto", description="Buffers of the streaming ring per rank, each as large as the largest streamed unit; ≥ 2."
+    )
+    verify: Literal["first", "always", "never"] = Field(
+        "first",
+        description="When a unit's checksum is compared: the first time a process reads it, at every read, or never.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_slots(self) -> OffloadConfig:
+        if self.slots == 1:
+            raise ValueError("slots must be at least 2: one is computed from while the other is being read")
+        return self
+
+
+class EngineConfig(Section):
+    """Batching and the KV cache."""
+
+    kv_memory: AutoSize = Field("auto", description="KV cache per rank. auto: enough for max_requests, bounded.")
+    block_tokens: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Token positions in one KV block.")
+    max_batch_tokens: AutoCount = Field(
+        "auto", description="Tokens in one micro-batch. A step may hold several while weights are streamed."
+    )
+    max_requests: AutoCount = Field("auto", description="Requests that run at the same time; more wait their turn.")
+    max_model_len: AutoCount = Field(
+        "auto", description="Longest prompt + answer. auto: the model's own limit, at most 8192 and what KV holds."
+    )
+    step_timeout: AutoSeconds = Field(
+        "auto", description="A step that takes longer is a failure. auto: 30 s, or ten times the predicted pass."
+    )
+
+
+class ClusterConfig(Section):
+    """Where the ranks run."""
+
+    executor: Literal["local", "ray"] = Field(
+        "local",
+        description="local: this machine, no Ray (one process; with parallel.tensor > 1 one process per tensor rank). "
+        "ray: one actor per rank.",
+    )
+    address: str | None = Field(
+        None,
+        description="Address of a running Ray cluster (`host:port` or `auto`). Without it a Ray is started for this "
+        "run and stopped after it. Only with executor ray.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is found.")
+    start_timeout: Seconds = Field(300.0, description="From starting the workers to all of them ready.")
+
+    @model_validator(mode="after")
+    def _address_needs_ray(self) -> ClusterConfig:
+        if self.address is not None and self.executor != "ray":
+            raise ValueError("cluster.address needs cluster.executor: ray")
+        return self
+
+
+class Message(Section):
+    """One chat message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerateConfig(Section):
+    """Answer the prompts of the file, print the answers as they come, then a table; exit."""
+
+    kind: Literal["generate"]
+    prompts: list[Annotated[str, Field(min_length=1)] | Annotated[list[Message], Field(min_length=1)]] = Field(
+        description="Texts, or lists of {role, content} messages.", min_length=1
+    )
+    chat: bool = Field(True, description="Put a text into the model's chat template as a user message; false: as is.")
+    system: str | None = Field(None, description="System message put before every chat prompt that is a text.")
+    max_tokens: Count = Field(64, description="Longest answer, in tokens.")
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(0.0, description="0 is greedy.")
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample among the k likeliest; 0: all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Sample among the likeliest that sum to p.")
+    seed: int | None = Field(None, description="Same seed, same text. Without it each run draws its own.")
+    stop: list[str] = Field(default=[], description="Texts that end an answer (and are not part of it).")
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="With --json: log-probabilities of the chosen token and of the n likeliest."
+    )
+
+    @model_validator(mode="after")
+    def _system_needs_chat(self) -> GenerateConfig:
+        if self.system is not None and not self.chat:
+            raise ValueError("run.system needs run.chat: true")
+        return self
+
+
+class RunConfig(Section):
+    """The whole run file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = Field(
+        "dist-infer", description="Name of the run: letters, digits, dot, dash, underscore."
+    )
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    offload: OffloadConfig = OffloadConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: GenerateConfig | None = Field(None, description="What `dist-infer launch` does.")
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file (or take a mapping), apply `a.b=c` overrides, validate.
+
+    Relative model and store paths are made absolute against the file's directory (the current one for a mapping).
+    Raises ConfigError: no such file, no YAML, unknown key (with the nearest), wrong type or value, with its place.
+    """
+    if isinstance(source, Mapping):
+        data: Any = json.loads(json.dumps(dict(source)))
+        base, origin = Path.cwd(), "config"
+    else:
+        path = Path(source).expanduser()
+        base, origin = path.resolve().parent, str(source)
+        data = _read_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: a run file is a mapping with keys such as `model:`; found {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": _anchored(config.model.path, base)}),
+            "offload": config.offload.model_copy(update={"store": str(base / Path(config.offload.store).expanduser())}),
+        }
+    )
+
+
+def _anchored(path: str, base: Path) -> str:
+    """Local paths become absolute; `package:` references and hub ids stay."""
+    if path.startswith("package:"):
+        return path
+    local = base / Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") != 1
+    return str(local) if looks_local or local.exists() else path
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no run file at {path}: give the path of a YAML file, e.g. configs/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the run file {path}: {error}") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set takes a.b=value, not {text!r}")
+    target = data
+    for name in names[:-1]:
+        nested = target.setdefault(name, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"--set {text}: {name} is a value, not a section")
+        target = nested
+    try:
+        target[names[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    location = [part for part in item["loc"] if not _is_union_tag(part)]
+    place = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key `{place}`; {hint}"
+    if item["type"] == "missing":
+        return f"missing key `{place}`"
+    shown = repr(item.get("input"))
+    return f"`{place}`: {item['msg']} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+
+
+def _is_union_tag(part: Any) -> bool:
+    """Pydantic puts the tried branch of a union into the location; people did not write it."""
+    return isinstance(part, str) and (any(mark in part for mark in "[(-") or part in {"int", "str", "float"})
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    kind: Any = RunConfig
+    for part in location:
+        if part == "run":
+            kind = GenerateConfig
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[str(part)].annotation
+        elif isinstance(part, int):
+            kind = Message
+    fields = getattr(kind, "model_fields", None)
+    return list(fields) if fields is not None else list(RunConfig.model_fields)

@@ -1,0 +1,31 @@
+"""The port between the engine and whatever computes: a fake, this process, or actors on a cluster."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dist_infer.messages import StepPlan, StepResult, StreamReport, WorkerReport
+
+
+class Executor(Protocol):
+    """Runs steps in their order. One thread calls `submit` and `collect`; any may call the others."""
+
+    def start(self) -> tuple[WorkerReport, ...]:
+        """Bring all ranks up; one report for each, by rank. Raises the error tree's StoreError, ClusterError, ..."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand a step over without waiting for it. Raises ClusterError when a rank is known to be lost."""
+        ...
+
+    def collect(self, timeout_s: float) -> StepResult:
+        """Result of the oldest step in flight. Raises ClusterError on loss, on the deadline, and once closed."""
+        ...
+
+    def stream_reports(self) -> tuple[StreamReport, ...]:
+        """Figures of every rank's streamer so far, by rank; empty where nothing is streamed."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; a `collect` that waits in another thread raises. Idempotent."""
+        ...

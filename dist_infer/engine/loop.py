@@ -1,0 +1,285 @@
+"""The engine: one thread that turns requests into steps and step results into events.
+
+    submit, abort ──inbox──> [ schedule, submit, collect, apply ] ──events──> on_event of each request
+     any thread                     the engine's thread                       called by the engine's thread
+
+Every request gets exactly one end, Finished or Failed. An error in one request's own work (its text, its stop strings,
+its callback) fails that request; an error of the executor fails them all, and the engine takes no more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dist_infer.engine.executor import Executor
+from dist_infer.engine.generation import Decode, Generation, OnEvent
+from dist_infer.engine.live_requests import LiveRequests
+from dist_infer.engine.request import Request
+from dist_infer.engine.scheduler import Scheduler
+from dist_infer.engine.stats import EngineStats
+from dist_infer.messages import SampledToken, StepPlan
+from dist_infer.sampling_params import SamplingParams
+from partition.errors import ClusterError, ConfigError, DistInferError
+
+_IDLE_WAIT_S = 60.0  # an idle engine checks its integrity this often
+_JOIN_S = 5.0  # for the thread to notice that the executor is closed
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    generation: Generation
+
+
+class EngineLoop:
+    """Takes over an executor that was started: `close` closes it. The scheduler is used by nobody else.
+
+    decode: token ids -> text, called by the engine's thread. step_timeout_s: a step that takes longer is a failure of
+    the executor. clock: seconds, for the requests' metrics only.
+    """
+
+    def __init__(
+        self,
+        *,
+        executor: Executor,
+        scheduler: Scheduler,
+        decode: Decode,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        step_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 < step_timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(f"step_timeout_s must be a finite number of seconds above 0, not {step_timeout_s}")
+        self._executor = executor
+        self._scheduler = scheduler
+        self._decode = decode
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._step_timeout_s = step_timeout_s
+        self._clock = clock
+        self._thread = threading.Thread(target=self._main, name="dist-infer-engine", daemon=True)
+        self._live = LiveRequests(clock)
+        self._wake = threading.Condition()  # guards what is listed down to _num_submitted
+        self._inbox: list[Request | _Abort] = []
+        self._closing = False
+        self._failure: Exception | None = None
+        self._num_submitted = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._stats = self._take_stats()
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Begin to work; requests submitted before are served now. Once only."""
+        self._thread.start()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        prompt: str | None,
+        params: SamplingParams,
+        on_event: OnEvent,
+    ) -> None:
+        """Queue a request; it owns nothing before it was checked. `on_event` must be quick: all requests wait for it.
+
+        `request_id` may be used again after its end. Raises ConfigError for a prompt that cannot be run or an id that
+        is in use, ClusterError when the engine has failed or is closed; then there is no event.
+        """
+        prompt_ids = tuple(prompt_token_ids)
+        self._scheduler.token_limit(len(prompt_ids), params.max_tokens)
+        self._check_ids("prompt token ids", prompt_ids)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
+        with self._wake:
+            if self._failure is not None:
+                raise ClusterError(f"the engine has failed and takes no requests: {self._failure}") from self._failure
+            if self._closing:
+                raise ClusterError("the engine is closed and takes no requests")
+            # a client may name two requests alike, one after the other; to the ranks they stay two
+            request = Request(
+                id=f"{request_id}#{self._num_submitted}",
+                prompt_token_ids=prompt_ids,
+                params=params,
+                sampling=params.spec(seed),
+                eos_token_ids=self._eos_token_ids,
+            )
+            generation = Generation(
+                request_id=request_id,
+                request=request,
+                prompt=prompt,
+                on_event=on_event,
+                decode=self._decode,
+                arrival_s=self._clock(),
+            )
+            self._live.add(generation)
+            self._num_submitted += 1
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> bool:
+        """End it with reason "abort"; False when there is no such live request (it may have ended just now)."""
+        with self._wake:
+            if (generation := self._live.by_client_id(request_id)) is None:
+                return False
+            self._inbox.append(_Abort(generation))
+            self._wake.notify()
+            return True
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine takes no more requests; None while it is well."""
+        with self._wake:
+            return self._failure
+
+    def integrity(self) -> None:
+        """RuntimeError when a KV block or a request was lost. For an idle or closed engine."""
+        self._scheduler.integrity()
+        with self._wake:
+            if not self._scheduler.has_requests and not self._inbox and (live := self._live.all()):
+                names = [generation.request_id for generation in live]
+                raise RuntimeError(f"requests {names} have no end and nobody works on them")
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End what is alive with reason "abort", wait for steps in flight up to the timeout, close the executor.
+
+        Idempotent. RuntimeError from within an `on_event`.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("EngineLoop.close was called from on_event: the engine's thread cannot wait for itself")
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self._executor.close()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_S)
+        self._end_all(None)  # never started, or the executor holds the thread for ever
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        while self._take_inbox():
+            while (plan := self._scheduler.schedule()) is not None:
+                self._note_scheduled(plan)
+                self._executor.submit(plan)
+            if self._scheduler.num_in_flight:
+                result = self._executor.collect(self._step_timeout_s)
+                self._deliver(self._scheduler.apply(result))
+
+    def _main(self) -> None:
+        error: Exception | None = None
+        try:
+            self._run()
+        except Exception as caught:
+            error = caught
+        except BaseException as caught:  # a callback may raise CancelledError or SystemExit; its neighbours need an end
+            error = ClusterError(f"the engine's thread was ended by {caught!r}")
+        self._end_all(error)
+        self._stats = self._take_stats()
+
+    def _take_inbox(self) -> bool:
+        """Wait until there is something to do, let new requests and aborts in. False: closed and nothing in flight."""
+        self._stats = self._take_stats()
+        with self._wake:
+            while not (self._inbox or self._closing or self._scheduler.has_requests):
+                self.integrity()
+                self._wake.wait(_IDLE_WAIT_S)
+            inbox, self._inbox = self._inbox, []
+            closing = self._closing
+        for item in inbox:
+            if isinstance(item, _Abort):
+                self._abort(item.generation)
+            else:
+                self._scheduler.add(item)
+                self._num_prompt_tokens += item.num_prompt_tokens
+        if closing:
+            for generation in self._live.all():
+                self._abort(generation)
+        return not closing or self._scheduler.num_in_flight > 0
+
+    def _note_scheduled(self, plan: StepPlan) -> None:
+        now_s = self._clock()
+        for new in plan.new:
+            if (generation := self._live.by_rank_id(new.request_id)) is not None:
+                generation.note_scheduled(now_s)
+
+    def _deliver(self, new_tokens: list[tuple[Request, SampledToken]]) -> None:
+        now_s = self._clock()
+        self._num_generated_tokens += len(new_tokens)
+        for request, token in new_tokens:
+            generation = self._live.by_rank_id(request.id)
+            if generation is None:  # ended by `close` while this thread was held
+                self._scheduler.abort(request.id)
+                continue
+            try:
+                event, ending = generation.advance(token, now_s)
+                generation.on_event(event)
+                if ending is not None:
+                    self._scheduler.finish(request)
+                    self._live.finish(generation, ending)
+            except Exception as error:
+                self._fail(generation, error)
+
+    def _abort(self, generation: Generation) -> None:
+        self._scheduler.abort(generation.request.id)
+        self._live.abort(generation)
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        """This request alone."""
+        self._scheduler.abort(generation.request.id)
+        self._live.fail(generation, error)
+
+    def _end_all(self, error: Exception | None) -> None:
+        """No more steps: every live request fails with the error, or is aborted when the engine is being closed."""
+        with self._wake:
+            if self._closing:
+                error = None
+            else:
+                self._failure = error
+            self._inbox = []
+        for generation in self._live.all():
+            if error is None:
+                self._live.abort(generation)
+            else:
+                self._live.fail(generation, _explain(error))
+
+    def _take_stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            num_steps=self._scheduler.num_steps,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_kv_blocks=self._scheduler.config.num_kv_blocks,
+            num_free_kv_blocks=self._scheduler.num_free_blocks,
+            num_finished=self._live.num_finished,
+            num_aborted=self._live.num_aborted,
+            num_failed=self._live.num_failed,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
+                raise ConfigError(f"{name} must be whole numbers in [0, {self._vocab_size}), not {token_id!r}")
+
+
+def _explain(error: Exception) -> ClusterError:
+    """One for each request, since raising an exception writes to it."""
+    if isinstance(error, DistInferError):
+        explained = ClusterError(f"the engine failed: {error}")
+    else:
+        explained = ClusterError(f"the engine failed: {type(error).__name__}: {error}")
+    explained.__cause__ = error
+    return explained

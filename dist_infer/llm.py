@@ -1,0 +1,253 @@
+"""The Python API: `LLM(config).generate(prompts, SamplingParams(...))`, with the names people know from vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dist_infer.config import RunConfig, load_config
+from dist_infer.engine.loop import EngineLoop
+from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
+from dist_infer.engine.stats import EngineStats
+from dist_infer.messages import StreamReport
+from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
+from dist_infer.sampling_params import SamplingParams
+from dist_infer.startup import Gang, OnProgress, Progress
+from dist_infer.summary import RunSummary, summarise
+from dist_infer.tokenizer import Tokenizer
+from partition.errors import CheckpointError, ConfigError
+from partition.plan import Plan
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+_EVENT_POLL_S = 1.0  # only so that Ctrl-C is seen by a waiting main thread on every platform
+
+
+class LLM:
+    """A model that is loaded and ready. A context manager; `close` leaves no process and no thread behind.
+
+    config: path of a run file, a mapping of the same shape, or a RunConfig; its `run` section is not used.
+    overrides: `a.b=c` texts. on_progress: called while packing, starting and loading.
+    Raises the tree of dist_infer.errors; what was started until then is ended.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | Mapping[str, Any] | RunConfig,
+        *,
+        overrides: Sequence[str] = (),
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        run = config if isinstance(config, RunConfig) else load_config(config, overrides)
+        with ExitStack() as stack:
+            self.gang = Gang(run, on_progress or _silent)
+            stack.callback(self.gang.close)
+            self._tokenizer, self._no_tokenizer = _load_tokenizer(self.gang.model.path)
+            plan = self.gang.plan
+            scheduler = Scheduler(
+                SchedulerConfig(
+                    num_kv_blocks=self.gang.num_kv_blocks,
+                    block_tokens=plan.block_tokens,
+                    max_batch_tokens=plan.max_batch_tokens,
+                    max_micro_batches=plan.max_micro_batches,
+                    max_requests=plan.max_requests,
+                    max_model_len=plan.max_model_len,
+                    max_steps_in_flight=plan.max_steps_in_flight,
+                )
+            )
+            eos = self.gang.model.eos_token_ids + (self._tokenizer.eos_token_ids() if self._tokenizer else ())
+            self._loop = EngineLoop(
+                executor=self.gang.executor,
+                scheduler=scheduler,
+                decode=self._decode,
+                vocab_size=plan.model.vocab_size,
+                eos_token_ids=eos,
+                step_timeout_s=self.gang.step_timeout_s,
+            )
+            stack.callback(self._loop.close)
+            self._loop.start()
+            self._stack = stack.pop_all()
+        self._ids = itertools.count()
+
+    @property
+    def plan(self) -> Plan:
+        return self.gang.plan
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._loop.stats
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts in one batch; outputs are in the order of the prompts.
+
+        A prompt is a text or a list of token ids. sampling_params: one for all, or one for each. Raises ConfigError
+        for a bad prompt before anything runs, and the first request's error if one fails.
+        """
+        many = _as_list(prompts)
+        params = _params_for(many, sampling_params)
+        outputs: dict[int, RequestOutput] = {}
+        for index, event in self.events([self._encode(prompt) for prompt in many], params):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                outputs[index] = event.output
+        return [outputs[index] for index in range(len(many))]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate` for conversations: one list of {role, content}, or a list of such lists."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        return self.generate([self.chat_ids(conversation) for conversation in conversations], sampling_params)  # type: ignore[arg-type]
+
+    async def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Event]:
+        """The events of one request as they come; the last one is Finished, or Failed is raised.
+
+        Leaving the iteration early aborts the request.
+        """
+        text, ids = self._encode(prompt)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            here.call_soon_threadsafe(events.put_nowait, event)
+
+        request_id = f"request-{next(self._ids)}"
+        self._loop.submit(request_id, ids, text, sampling_params or SamplingParams(), deliver)
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = not isinstance(event, TokenEvent)
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+        finally:
+            if not ended:
+                self._loop.abort(request_id)
+
+    def events(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, Event]]:
+        """(index of the prompt, event) in the order in which things happen, until every request has its end.
+
+        prompts: (text or None, token ids). All are submitted before the first event; leaving early aborts the rest.
+        """
+        arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+        open_ids: dict[int, str] = {}
+        try:
+            for index, ((text, ids), sampling) in enumerate(zip(prompts, params, strict=True)):
+                request_id = f"request-{next(self._ids)}"
+                self._loop.submit(
+                    request_id, ids, text, sampling, lambda event, index=index: arrived.put((index, event))  # type: ignore[misc]
+                )
+                open_ids[index] = request_id
+            while open_ids:
+                try:
+                    index, event = arrived.get(timeout=_EVENT_POLL_S)
+                except queue.Empty:
+                    continue
+                if not isinstance(event, TokenEvent):
+                    del open_ids[index]
+                yield index, event
+        finally:
+            for request_id in open_ids.values():
+                self._loop.abort(request_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, by the model's tokenizer."""
+        return self._require_tokenizer().encode(text)
+
+    def chat_ids(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation through the model's chat template."""
+        return self._require_tokenizer().chat(messages)
+
+    def stream_reports(self) -> tuple[StreamReport, ...]:
+        """Cumulative streaming figures of every rank."""
+        return self.gang.executor.stream_reports()
+
+    def summarise(
+        self, outputs: Sequence[RequestOutput], before: Sequence[StreamReport], started_s: float
+    ) -> RunSummary:
+        """Figures of what ran since `before` was taken, at time.monotonic() = started_s."""
+        return summarise(
+            plan=self.plan,
+            outputs=outputs,
+            before=before,
+            after=self.stream_reports(),
+            wall_s=time.monotonic() - started_s,
+            raw_disk_bytes_per_s=self.gang.disk_bytes_per_s,
+        )
+
+    def integrity(self) -> None:
+        """RuntimeError if an idle engine lost a KV block or a request."""
+        self._loop.integrity()
+
+    def close(self) -> None:
+        """End running requests, ranks and threads. Idempotent."""
+        self._stack.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        return (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ConfigError(str(self._no_tokenizer))
+        return self._tokenizer
+
+
+def _load_tokenizer(path: Path) -> tuple[Tokenizer | None, CheckpointError | None]:
+    """A model without tokenizer files still serves token ids (tests, research); text prompts are then refused."""
+    try:
+        return Tokenizer(path), None
+    except CheckpointError as error:
+        return None, error
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(item, int) for item in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
+
+
+def _params_for(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts, but {len(params)} sampling_params: give one, or one for each prompt")
+    return list(params)
+
+
+def _silent(progress: Progress) -> None:
+    """Nobody asked."""
+
+

@@ -1,0 +1,90 @@
+"""Facts of this machine for the planner: memory, cores, GPUs, and (on demand) measured rates. No torch unless measured."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+from offload.machine import cores, measure_read, memory_limit
+from partition.hardware import (
+    ASSUMED_CORE_FLOPS,
+    ASSUMED_DISK_BYTES_PER_S,
+    ASSUMED_MEMORY_BYTES_PER_S,
+    DeviceFacts,
+    NodeFacts,
+)
+
+
+def machine_facts(*, with_devices: bool, sample: Path | None = None, dtype: str | None = None) -> NodeFacts:
+    """This machine. with_devices: ask the NVIDIA driver for GPUs.
+
+    sample: a large file on the store's disk, read raw for a third of a second to get the disk's rate. dtype: time a
+    matrix product in it (about 0.2 s, imports torch). What is not measured is a default and named in `assumed`.
+    """
+    memory = memory_limit()
+    num_cores = cores()
+    assumed = []
+    disk = ASSUMED_DISK_BYTES_PER_S
+    if sample is not None:
+        disk = measure_read(sample)
+    else:
+        assumed.append("disk_per_s")
+    flops, memory_rate = ASSUMED_CORE_FLOPS * num_cores, ASSUMED_MEMORY_BYTES_PER_S
+    if dtype is not None:
+        flops, memory_rate = _compute_rates(dtype, num_cores)
+    else:
+        assumed += ["flops", "memory_per_s"]
+    return NodeFacts(
+        name=socket.gethostname(),
+        cores=num_cores,
+        memory_bytes=memory.bytes_available,
+        memory_source=memory.source,
+        devices=nvidia_devices() if with_devices else (),
+        disk_bytes_per_s=disk,
+        flops=flops,
+        memory_bytes_per_s=memory_rate,
+        assumed=tuple(assumed),
+    )
+
+
+def nvidia_devices() -> tuple[DeviceFacts, ...]:
+    """GPUs with the memory that is free on them now; empty where there is no NVIDIA driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        devices = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            free = pynvml.nvmlDeviceGetMemoryInfo(handle).free
+            devices.append(DeviceFacts(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(free)))
+        return tuple(devices)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _compute_rates(dtype: str, num_cores: int) -> tuple[float, float]:
+    """(FLOP/s of a 256-row product, bytes/s of weights read by a one-row product) with all cores; medians of several."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_cores)
+    try:
+        kind = getattr(torch, dtype)
+        weight = torch.ones(2048, 2048, dtype=kind)
+        seconds = {}
+        for rows in (1, 256):
+            batch = torch.ones(rows, 2048, dtype=kind)
+            times = []
+            for _ in range(8):
+                started = time.perf_counter()
+                torch.nn.functional.linear(batch, weight)
+                times.append(time.perf_counter() - started)
+            seconds[rows] = sorted(times)[len(times) // 2]
+        return 2 * 256 * 2048 * 2048 / seconds[256], weight.nbytes / seconds[1]
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,140 @@
+"""What crosses processes: plain frozen data, JSON on the wire, shared by engine and worker (who never import each other).
+
+A request is sent to the ranks in full once (`NewRequest`), then only as diffs. Ranks keep, per request, its token ids
+and block table; they decide nothing. `encode`/`decode` are the only wire format: no pickle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """What the sampler of the last stage needs; temperature 0 is greedy. `seed` is always set (by the coordinator)."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    seed: int = 0
+    num_logprobs: int | None = None  # None: no logprobs; 0: of the chosen token alone; n: and of the n likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request in full: the first time it is scheduled, or again after a preemption."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # prompt + tokens generated so far
+    block_ids: tuple[int, ...]
+    sampling: SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDiff:
+    """What changed for a request the ranks already know."""
+
+    request_id: str
+    new_token_ids: tuple[int, ...]
+    new_block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of one request in one micro-batch; `sample`: its last token yields a new one."""
+
+    request_id: str
+    start: int
+    num_tokens: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. `finished` is applied first (a preempted request is in `finished`, later again in `new`).
+
+    A unit computes the micro-batches in their order, all of them before it is let go, so a long prompt may be spread
+    over several micro-batches of one step.
+    """
+
+    step_id: int
+    micro_batches: tuple[tuple[Chunk, ...], ...]
+    new: tuple[NewRequest, ...] = ()
+    diffs: tuple[RequestDiff, ...] = ()
+    finished: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for batch in self.micro_batches for chunk in batch)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One new token of one request; logprobs are natural logarithms under the unmodified distribution."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the last stage found out in a step: exactly one token for each chunk with `sample`."""
+
+    step_id: int
+    tokens: tuple[SampledToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """Cumulative figures of one rank's streamer since it was ready. Bytes are bytes, seconds are wall-clock."""
+
+    rank: int
+    num_passes: int
+    bytes_read: int  # from disk
+    bytes_copied: int  # host -> device
+    stall_s: float  # the loop waited for a unit
+    busy_s: float  # the stage was working on steps, stalls included
+    communication_s: float  # in tensor-parallel collectives, waiting for slower peers included
+    compute_s: float  # busy_s less stalls and communication
+    num_tokens: int
+    stall_s_per_unit: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a rank found when it became ready; returned as a value, never written into a config."""
+
+    rank: int
+    host: str
+    pid: int
+    num_kv_blocks: int
+    resident_bytes: int
+    slot_bytes: int
+    kv_bytes: int
+    rss_bytes: int
+    reader: str  # e.g. "threads, O_DIRECT"
+    load_s: float
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def encode(message: Any) -> bytes:
+    """JSON bytes of one of this module's dataclasses."""
+    return _adapter(type(message)).dump_json(message)
+
+
+def decode(kind: type[T], data: bytes) -> T:
+    """The message of that kind; raises pydantic.ValidationError when the bytes are not one."""
+    value: T = _adapter(kind).validate_json(data)
+    return value

@@ -1,0 +1,229 @@
+"""Where packed units come from: a checkpoint, converted to the model's parameters and cut for every tensor rank.
+
+Reads one unit at a time by pread (never mmap). safetensors go through transformers' own weight conversion (expert
+packing, renamed keys); GGUF tensors through the `gguf` package's dequantisation and transformers' name map and
+per-architecture fix-ups. Peak memory: the unit's tensors as stored plus as converted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_infer.model.adapter import check_parameters, meta_model
+from partition.checkpoint import CheckpointIndex, TensorEntry
+from partition.errors import CheckpointError
+from partition.model_spec import ModelSpec
+from partition.sharding import AxisCut, ParameterSpec, cut_axes, shard_intervals, units_of
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PLAIN = {"token_embd.weight", "output.weight"}
+_PIECE_ELEMENTS = 1 << 20
+
+
+class CheckpointSource:
+    """Implements `offload.pack.WeightSource` for one checkpoint, tensor degree and dtype."""
+
+    def __init__(
+        self, *, index: CheckpointIndex, spec: ModelSpec, tensor: int, tp_ranks: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        self._index, self._spec, self._tp_ranks, self._dtype = index, spec, tuple(tp_ranks), dtype
+        self._cut = cut_axes(spec, tensor)
+        self._units = {unit.name: unit for unit in units_of(spec)}
+        self._model = meta_model(index.config, dtype)
+        check_parameters(spec, self._model)
+        self._meta = {name: parameter for name, parameter in self._model.state_dict().items()}
+        reader = _GgufReader if index.kind == "gguf" else _SafetensorsReader
+        self._reader: _GgufReader | _SafetensorsReader = reader(index, self._model, dtype)
+        self._reader.require({p.name for u in self._units.values() for p in u.parameters}, spec)
+
+    def load_unit(self, unit: str) -> Sequence[Mapping[str, torch.Tensor]]:
+        """The unit's parameters for each wanted tp_rank. Raises CheckpointError naming the tensor."""
+        parameters = self._units[unit].parameters
+        whole = self._reader.read([p.name for p in parameters])
+        for parameter in parameters:
+            tensor = whole[parameter.name]
+            if tuple(tensor.shape) != parameter.shape:
+                raise CheckpointError(
+                    f"{self._index.path}: tensor {parameter.name} has shape {list(tensor.shape)}, "
+                    f"but config.json says {list(parameter.shape)}"
+                )
+        return [
+            {p.name: shard_tensor(whole[p.name], p, self._cut, rank) for p in parameters} for rank in self._tp_ranks
+        ]
+
+
+def shard_tensor(tensor: torch.Tensor, parameter: ParameterSpec, cut: AxisCut, tp_rank: int) -> torch.Tensor:
+    """What a tensor rank holds of a parameter; a view where one interval is cut along the first dimension."""
+    if parameter.split is None:
+        return torch.zeros_like(tensor) if parameter.once and tp_rank > 0 else tensor
+    parts = [
+        tensor.narrow(parameter.split.dim, first, end - first)
+        for first, end in shard_intervals(parameter, cut, tp_rank)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=parameter.split.dim)
+
+
+class _Files:
+    """pread on the checkpoint's files; descriptors live for one `read` call."""
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._root = Path(index.path) if Path(index.path).is_dir() else Path(index.path).parent
+        self._index = index
+
+    def bytes_of(self, entry: TensorEntry) -> bytearray:
+        path = self._root / entry.file
+        buffer = bytearray(entry.end - entry.start)
+        view, done = memoryview(buffer), 0
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < len(buffer):
+                count = os.preadv(descriptor, [view[done : done + (64 << 20)]], entry.start + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{path} ended inside tensor {entry.name}: {len(buffer)} bytes expected, {done} there; "
+                        "the file changed or is truncated"
+                    )
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read tensor {entry.name} from {path}: {error}") from error
+        finally:
+            os.close(descriptor)
+        return buffer
+
+
+class _SafetensorsReader:
+    """Model parameters from safetensors, through the library's conversion of just the keys a unit needs."""
+
+    def __init__(self, index: CheckpointIndex, model: Any, dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._index, self._model, self._dtype, self._files = index, model, dtype, _Files(index)
+        self._mapping = get_model_conversion_mapping(model)
+        renamings = [w for w in self._mapping if isinstance(w, WeightRenaming)]
+        converters = [w for w in self._mapping if isinstance(w, WeightConverter)]
+        meta = model.state_dict()
+        self._sources: dict[str, list[str]] = {}
+        for key in index.tensors:
+            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+            targets = [target]
+            if pattern is not None:  # one stored tensor may become several parameters
+                converter = next(c for c in converters if pattern in c.source_patterns)
+                stem = target.removesuffix(converter.target_patterns[0])
+                targets = [stem + t for t in converter.target_patterns] if stem != target else [target]
+            for name in targets:
+                self._sources.setdefault(name, []).append(key)
+        embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+        self._tied = {"lm_head.weight": embedding} if "lm_head.weight" not in self._sources else {}
+
+    def require(self, names: set[str], spec: ModelSpec) -> None:
+        missing = sorted(n for n in names if self._tied.get(n, n) not in self._sources)
+        if "lm_head.weight" in self._tied and not spec.tied:
+            missing.append("lm_head.weight")
+        if missing:
+            raise CheckpointError(
+                f"{self._index.path} lacks tensor {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f", which {spec.model_type} with this config.json has"
+            )
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        wanted = {self._tied.get(name, name): name for name in names}
+        keys = {key for target in wanted for key in self._sources[target]}
+        stored = {key: self._stored(self._index.tensors[key]) for key in sorted(keys)}
+        # The library puts the result into the model; it is taken out again, and the meta parameters put back.
+        before = {name: _parameter(self._model, name) for name in wanted}
+        info, _ = convert_and_load_state_dict_in_model(
+            self._model, stored, LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype), None
+        )
+        if info.conversion_errors or info.mismatched_keys:
+            problem = next(iter(info.conversion_errors.items()), None) or next(iter(info.mismatched_keys))
+            raise CheckpointError(f"{self._index.path}: tensor does not fit the model: {problem}")
+        result = {}
+        for target, name in wanted.items():
+            module, leaf = before[target][0], before[target][1]
+            tensor = module._parameters[leaf]
+            if tensor is None or tensor.is_meta:
+                raise CheckpointError(f"{self._index.path}: tensor {target} could not be made from {sorted(keys)[:3]}")
+            result[name] = tensor.detach().to(self._dtype)
+            module._parameters[leaf] = before[target][2]
+        return result
+
+    def _stored(self, entry: TensorEntry) -> torch.Tensor:
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._index.path}: tensor {entry.name} is stored as {entry.dtype}; float checkpoints "
+                f"({', '.join(_DTYPES)}) are read, quantized safetensors are not"
+            )
+        return torch.frombuffer(self._files.bytes_of(entry), dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def _parameter(model: Any, name: str) -> tuple[Any, str, Any]:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return module, leaf, module._parameters[leaf]
+
+
+class _GgufReader:
+    """Model parameters from GGUF blocks, dequantised to floats tensor by tensor."""
+
+    def __init__(self, index: CheckpointIndex, model: Any, dtype: torch.dtype) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self._index, self._dtype, self._files = index, dtype, _Files(index)
+        architecture = str(index.config.get("gguf_architecture", index.config["model_type"]))
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+        names = get_gguf_hf_weights_map(model, self._processor)
+        self._sources = {target: source for source, target in names.items() if source in index.tensors}
+        if "lm_head.weight" not in self._sources and "token_embd.weight" in index.tensors:
+            self._sources["lm_head.weight"] = "token_embd.weight"
+
+    def require(self, names: set[str], spec: ModelSpec) -> None:
+        missing = sorted(names - self._sources.keys())
+        if missing:
+            raise CheckpointError(f"{self._index.path} lacks tensor {missing[0]} (and {len(missing) - 1} more)")
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._dequantised(self._index.tensors[self._sources[name]]) for name in names}
+
+    def _dequantised(self, entry: TensorEntry) -> torch.Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+        kind = GGMLQuantizationType[entry.dtype]
+        raw = np.frombuffer(self._files.bytes_of(entry), dtype=np.uint8)
+        if entry.dtype in _DTYPES:
+            stored = torch.from_numpy(raw).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+            return self._processed(entry.name, stored.float().numpy())
+        blocks = raw.reshape(quant_shape_to_byte_shape(entry.shape, kind))
+        if entry.name not in _PLAIN:
+            return self._processed(entry.name, dequantize(blocks, kind))
+        # The largest tensors, which no fix-up touches: in pieces, so that float32 temporaries stay small.
+        result = torch.empty(entry.shape, dtype=self._dtype)
+        step = max(1, _PIECE_ELEMENTS // entry.shape[-1])
+        for first in range(0, entry.shape[0], step):
+            result[first : first + step] = torch.from_numpy(dequantize(blocks[first : first + step], kind))
+        return result
+
+    def _processed(self, name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Undo what llama.cpp's converter did to this tensor (rotary row order, norms stored plus one)."""
+        weights = self._processor.process(weights=values, name=name).weights
+        return torch.from_numpy(np.ascontiguousarray(weights)).to(self._dtype)

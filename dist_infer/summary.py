@@ -1,0 +1,121 @@
+"""What a run did, in the words and units that people compare: measured figures only, each from the run itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dist_infer.messages import StreamReport
+from dist_infer.outputs import RequestOutput
+from partition.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Seconds are wall-clock, rates are per second of wall-clock, bytes count all ranks together.
+
+    ttft_s: median from arrival to first token. tpot_s: median of (latency - TTFT) / (output tokens - 1).
+    tokens_per_pass: computed tokens (prompt and output) for each pass over the weights. raw_disk_bytes_per_s: O_DIRECT
+    read of the store, measured at start. stall_s: the longest-waiting rank. bound_by: where the slowest stage's time
+    went: disk (or link) stalls, network (collectives) or compute.
+    """
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    wall_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    num_passes: int
+    bytes_per_pass: int
+    stream_bytes_per_s: float
+    raw_disk_bytes_per_s: float
+    stall_s: float
+    tokens_per_pass: float
+    resident_fraction: float
+    bound_by: str
+    predicted_tokens_per_s: float
+    predicted_bound_by: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(
+    *,
+    plan: Plan,
+    outputs: Sequence[RequestOutput],
+    before: Sequence[StreamReport],
+    after: Sequence[StreamReport],
+    wall_s: float,
+    raw_disk_bytes_per_s: float,
+) -> RunSummary:
+    """before, after: the ranks' cumulative reports around the run."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
+    spent = [_difference(start, end) for start, end in zip(before, after, strict=True)]
+    passes = max((report.num_passes for report in spent), default=0)
+    read = sum(report.bytes_read for report in spent)
+    total = sum(unit.num_bytes for rank in plan.ranks for unit in rank.units)
+    streamed = sum(rank.streamed_bytes_per_pass for rank in plan.ranks)
+    slowest = max(spent, key=lambda report: report.busy_s)
+    wall = max(wall_s, 1e-9)
+    return RunSummary(
+        num_requests=len(outputs),
+        num_prompt_tokens=prompt,
+        num_output_tokens=generated,
+        wall_s=wall_s,
+        output_tokens_per_s=generated / wall,
+        total_tokens_per_s=(prompt + generated) / wall,
+        ttft_s=_median([output.metrics.ttft_s for output in outputs]),
+        tpot_s=_median([output.metrics.tpot_s for output in outputs]),
+        num_passes=passes,
+        bytes_per_pass=read // passes if passes else 0,
+        stream_bytes_per_s=read / wall,
+        raw_disk_bytes_per_s=raw_disk_bytes_per_s,
+        stall_s=max(report.stall_s for report in spent),
+        tokens_per_pass=max(report.num_tokens for report in spent) / passes if passes else 0.0,
+        resident_fraction=1.0 - streamed / total,
+        bound_by=_bound_by(plan, [report for report in spent if _stage(plan, report) == _stage(plan, slowest)]),
+        predicted_tokens_per_s=plan.prediction.decode_tokens_per_s,
+        predicted_bound_by=plan.prediction.bound_by,
+    )
+
+
+def _difference(start: StreamReport, end: StreamReport) -> StreamReport:
+    return StreamReport(
+        rank=end.rank,
+        num_passes=end.num_passes - start.num_passes,
+        bytes_read=end.bytes_read - start.bytes_read,
+        bytes_copied=end.bytes_copied - start.bytes_copied,
+        stall_s=end.stall_s - start.stall_s,
+        busy_s=end.busy_s - start.busy_s,
+        communication_s=end.communication_s - start.communication_s,
+        compute_s=end.compute_s - start.compute_s,
+        num_tokens=end.num_tokens - start.num_tokens,
+    )
+
+
+def _stage(plan: Plan, report: StreamReport) -> int:
+    return plan.ranks[report.rank].stage
+
+
+def _bound_by(plan: Plan, ranks: Sequence[StreamReport]) -> str:
+    """Of one stage's ranks. A rank that waits in a collective for a stalled peer is bound by that peer's stall."""
+    parts = {
+        "link" if plan.device == "cuda" and not any(r.bytes_read for r in ranks) else "disk": max(
+            r.stall_s for r in ranks
+        ),
+        "network": min(r.communication_s for r in ranks),
+        "compute": max(r.compute_s for r in ranks),
+    }
+    return max(parts, key=lambda name: parts[name])
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -1,0 +1,83 @@
+"""A process of the local executor: `python -m dist_infer.worker.child FD`. It speaks over an inherited socket.
+
+Each message is one frame: a JSON header line, then the body. The parent's death is an end of file, and ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from dist_infer.messages import StepPlan, decode, encode
+from dist_infer.worker.setup import WorkerSetup
+
+
+def pack_frame(kind: str, body: bytes = b"", **fields: object) -> bytes:
+    return json.dumps({"kind": kind, **fields}).encode() + b"\n" + body
+
+
+def unpack_frame(data: bytes) -> tuple[dict[str, object], bytes]:
+    header, _, body = data.partition(b"\n")
+    fields: dict[str, object] = json.loads(header)
+    return fields, body
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    connection = Connection(int(sys.argv[1]))
+    try:
+        _serve(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone or has let go
+    finally:
+        # No orderly teardown: peers may be gone, and a collective's destructor could wait for them.
+        os._exit(0)
+
+
+def _serve(connection: Connection) -> None:
+    from dist_infer.worker.rank_host import RankHost
+
+    host: RankHost | None = None
+    while True:
+        fields, body = unpack_frame(connection.recv_bytes())
+        try:
+            if fields["kind"] == "setup":
+                host = RankHost(decode(WorkerSetup, body))
+                connection.send_bytes(pack_frame("ok"))
+            elif fields["kind"] == "close":
+                raise EOFError
+            elif host is None:
+                raise RuntimeError("setup comes first")
+            elif fields["kind"] == "bind":
+                connection.send_bytes(pack_frame("ok", port=host.bind("127.0.0.1")))
+            elif fields["kind"] == "connect":
+                host.connect("127.0.0.1", int(str(fields["port"])), "127.0.0.1")
+                connection.send_bytes(pack_frame("ok"))
+            elif fields["kind"] == "load":
+
+                def progress(done: int, total: int) -> None:
+                    connection.send_bytes(pack_frame("progress", done=done, total=total))
+
+                reports = host.load(progress)
+                connection.send_bytes(pack_frame("ok", json.dumps([encode(r).decode() for r in reports]).encode()))
+            elif fields["kind"] == "step":
+                result = host.step(decode(StepPlan, body))
+                connection.send_bytes(pack_frame("step", encode(result) if result is not None else b""))
+            elif fields["kind"] == "stream_reports":
+                stream = [encode(report).decode() for report in host.stream_reports()]
+                connection.send_bytes(pack_frame("ok", json.dumps(stream).encode()))
+            else:
+                raise RuntimeError(f"unknown message {fields['kind']!r}")
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            connection.send_bytes(pack_frame("error", traceback.format_exc().encode(), message=text))
+
+
+if __name__ == "__main__":
+    main()

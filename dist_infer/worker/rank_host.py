@@ -1,0 +1,114 @@
+"""The ranks that live in one process: a single rank (Ray), or every stage of one tensor rank (local executor)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from dist_infer.messages import SampledToken, StepPlan, StepResult, StreamReport, WorkerReport
+from dist_infer.worker import collectives
+from dist_infer.worker.setup import WorkerSetup
+from dist_infer.worker.stage_runner import StageRunner
+from partition.plan import Plan, plan_from_json
+
+
+class RankHost:
+    """Owns the stage runners of its ranks and their part in torch.distributed. Steps come in order, one at a time.
+
+    With one process for the whole model there is nothing to connect; otherwise rank 0 of the world calls `bind`, all
+    call `connect` with what it returned, then `load`.
+    """
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        torch.set_num_threads(setup.threads)
+        self._setup = setup
+        self._plan: Plan = plan_from_json(setup.plan_json)
+        self._alone = len(setup.ranks) == len(self._plan.ranks)
+        self._hosts_all_stages = len(setup.ranks) == self._plan.pipeline
+        self._group: collectives.NoGroup | collectives.TensorGroup = collectives.NoGroup()
+        self._link: collectives.StageLink | None = None
+        self._store: object = None
+        self._stages: list[StageRunner] = []
+
+    def bind(self, host: str) -> int:
+        """On the first process of the world: bind a free port and return it."""
+        store, port = collectives.bind_rendezvous(host, self._world_size, self._setup.step_timeout_s)
+        self._store = store
+        return port
+
+    def connect(self, host: str, port: int, own_host: str) -> None:
+        """Join the others at rank 0's host and port. Raises ClusterError at the timeout."""
+        first = self._plan.ranks[self._setup.ranks[0]]
+        rank = first.tp_rank if self._hosts_all_stages else first.rank
+        store = self._store or collectives.join_rendezvous(
+            host, port, self._world_size, self._setup.step_timeout_s
+        )
+        self._store = store
+        self._group, self._link = collectives.connect(
+            store=store,  # type: ignore[arg-type]
+            own_host=own_host,
+            rank=rank,
+            tensor=self._plan.tensor,
+            stages=1 if self._hosts_all_stages else self._plan.pipeline,
+            device=self._setup.device,
+            timeout_s=self._setup.step_timeout_s,
+        )
+
+    def load(self, progress: Callable[[int, int], None]) -> tuple[WorkerReport, ...]:
+        """Build the stages and read their resident units. progress(units read, units to read)."""
+        if not self._alone and self._store is None:
+            raise RuntimeError("connect before load")
+        self._stages = [StageRunner(self._setup, self._plan, rank, self._group) for rank in self._setup.ranks]
+        done_before, total = 0, sum(_num_resident(stage) for stage in self._stages)
+        for stage in self._stages:
+            before = done_before
+            stage.load(lambda done, _total, before=before: progress(before + done, total))  # type: ignore[misc]
+            done_before += _num_resident(stage)
+        rss = psutil.Process().memory_info().rss
+        return tuple(stage.worker_report(socket.gethostname(), os.getpid(), rss) for stage in self._stages)
+
+    def step(self, plan: StepPlan) -> StepResult | None:
+        """One step through the stages here. The result on tp_rank 0 of the last stage, None elsewhere."""
+        hidden: torch.Tensor | None = None
+        tokens: list[SampledToken] = []
+        for stage in self._stages:
+            if hidden is None and not stage.model.is_first:
+                if self._link is None:
+                    raise RuntimeError("no link to the stage before")
+                shape = (1, plan.num_tokens, stage.hidden_size)
+                hidden = self._link.receive(shape, stage.dtype, stage.device)
+            output = stage.run(plan, hidden)
+            if isinstance(output, torch.Tensor):
+                hidden = output
+            else:
+                tokens = output
+        last = self._stages[-1]
+        if not last.model.is_last:
+            if self._link is None or hidden is None:
+                raise RuntimeError("no link to the stage after")
+            self._link.send(hidden)
+            return None
+        return StepResult(plan.step_id, tuple(tokens)) if last.rank_plan.tp_rank == 0 else None
+
+    def stream_reports(self) -> tuple[StreamReport, ...]:
+        return tuple(stage.stream_report() for stage in self._stages)
+
+    def close(self) -> None:
+        """Idempotent; safe after an error."""
+        for stage in self._stages:
+            stage.close()
+        self._stages = []
+        collectives.disconnect()
+        self._store = None
+
+    @property
+    def _world_size(self) -> int:
+        return self._plan.tensor if self._hosts_all_stages else len(self._plan.ranks)
+
+
+def _num_resident(stage: StageRunner) -> int:
+    return sum(unit.tier != "nvme" for unit in stage.rank_plan.units)

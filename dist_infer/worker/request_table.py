@@ -1,0 +1,124 @@
+"""What a rank knows of the running requests: token ids and block tables, kept current by step plans.
+
+It checks what the coordinator says (a chunk must start where the request stands) and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_infer.messages import Chunk, NewRequest, SamplingSpec, StepPlan
+from dist_infer.model.attention import BatchView, SequenceSpan
+
+
+@dataclass
+class _Row:
+    token_ids: list[int]
+    sampling: SamplingSpec
+    block_ids: list[int] = field(default_factory=list)
+    consecutive: bool = True
+    num_computed: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch as tensors. token_ids, position_ids [1, T]; sample_rows: rows of the packed row to sample."""
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    view: BatchView
+    sample_rows: torch.Tensor
+    sample_requests: tuple[str, ...]
+
+
+class RequestTable:
+    """Owned by one rank's stage runner; changed only by `apply` and `micro_batch`."""
+
+    def __init__(self, block_tokens: int, num_blocks: int, device: torch.device) -> None:
+        self._rows: dict[str, _Row] = {}
+        self._block_tokens, self._num_blocks, self._device = block_tokens, num_blocks, device
+        self._last_step: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def sampling(self, request_id: str) -> tuple[SamplingSpec, int]:
+        """The request's sampling and the position (number of tokens so far) of the token about to be drawn."""
+        row = self._rows[request_id]
+        return row.sampling, len(row.token_ids)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Finished first, then new, then diffs. Raises RuntimeError when the plan does not follow the last one."""
+        if self._last_step is not None and plan.step_id != self._last_step + 1:
+            raise RuntimeError(f"step {plan.step_id} after step {self._last_step}: a step was lost or repeated")
+        self._last_step = plan.step_id
+        for request_id in plan.finished:
+            self._rows.pop(request_id, None)
+        for new in plan.new:
+            self._add(new)
+        for diff in plan.diffs:
+            row = self._rows[diff.request_id]
+            row.token_ids.extend(diff.new_token_ids)
+            self._extend_blocks(row, diff.new_block_ids)
+
+    def micro_batch(self, chunks: tuple[Chunk, ...]) -> MicroBatch:
+        """The chunks as one packed row; marks their tokens as computed."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        writes: list[torch.Tensor] = []
+        spans: list[SequenceSpan] = []
+        sample_rows: list[int] = []
+        sample_requests: list[str] = []
+        for chunk in chunks:
+            row = self._rows[chunk.request_id]
+            end = chunk.start + chunk.num_tokens
+            if chunk.start != row.num_computed or end > len(row.token_ids):
+                raise RuntimeError(
+                    f"request {chunk.request_id}: chunk [{chunk.start}, {end}) of {len(row.token_ids)} tokens, "
+                    f"{row.num_computed} computed"
+                )
+            kv_rows = self._kv_rows(row, end)
+            first = len(token_ids)
+            token_ids.extend(row.token_ids[chunk.start : end])
+            positions.extend(range(chunk.start, end))
+            if isinstance(kv_rows, slice):
+                writes.append(torch.arange(kv_rows.start + chunk.start, kv_rows.stop))
+            else:
+                writes.append(kv_rows[chunk.start :])
+                kv_rows = kv_rows.to(self._device)
+            spans.append(SequenceSpan(first, len(token_ids), end, kv_rows))
+            row.num_computed = end
+            if chunk.sample:
+                sample_rows.append(len(token_ids) - 1)
+                sample_requests.append(chunk.request_id)
+        return MicroBatch(
+            torch.tensor([token_ids], device=self._device),
+            torch.tensor([positions], device=self._device),
+            BatchView(torch.cat(writes).to(self._device), tuple(spans)),
+            torch.tensor(sample_rows, dtype=torch.long, device=self._device),
+            tuple(sample_requests),
+        )
+
+    def _add(self, new: NewRequest) -> None:
+        if new.request_id in self._rows:
+            raise RuntimeError(f"request {new.request_id} is already running")
+        row = self._rows[new.request_id] = _Row(list(new.token_ids), new.sampling)
+        self._extend_blocks(row, new.block_ids)
+
+    def _extend_blocks(self, row: _Row, block_ids: tuple[int, ...]) -> None:
+        for block in block_ids:
+            if not 0 <= block < self._num_blocks:
+                raise RuntimeError(f"KV block {block} of {self._num_blocks}")
+            row.consecutive = row.consecutive and (not row.block_ids or block == row.block_ids[-1] + 1)
+            row.block_ids.append(block)
+
+    def _kv_rows(self, row: _Row, length: int) -> slice | torch.Tensor:
+        if length > len(row.block_ids) * self._block_tokens:
+            raise RuntimeError(f"{length} tokens in {len(row.block_ids)} KV blocks of {self._block_tokens}")
+        if row.consecutive:
+            first = row.block_ids[0] * self._block_tokens
+            return slice(first, first + length)
+        blocks = torch.tensor(row.block_ids)
+        return (blocks[:, None] * self._block_tokens + torch.arange(self._block_tokens)).flatten()[:length]

@@ -1,0 +1,183 @@
+"""One stage on one rank: the visible loop over its units.
+
+Does not belong here: deciding what runs (engine), reading (offload), model internals (model.adapter), transport between
+stages (rank_host), drawing tokens' parameters (sampler).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dist_infer.messages import SampledToken, StepPlan, StreamReport, WorkerReport
+from dist_infer.model.adapter import LayerCalls, StageModel, TensorParallel
+from dist_infer.model.attention import KVCache, use_batch
+from dist_infer.worker.request_table import RequestTable
+from dist_infer.worker.sampler import sample
+from dist_infer.worker.setup import StoreLocation, WorkerSetup
+from offload.format import StoreKey, open_store
+from offload.readers.threads import ThreadReader
+from offload.streamer import Streamer
+from partition.errors import UnsupportedModelError
+from partition.plan import Plan
+from partition.sharding import cut_axes, local_heads
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StageRunner:
+    """Owns the stage's weights, KV cache and request table. Not thread-safe; steps come in order."""
+
+    def __init__(self, setup: WorkerSetup, plan: Plan, rank: int, group: TensorParallel) -> None:
+        self.rank_plan = plan.ranks[rank]
+        self.dtype = DTYPES[plan.dtype]
+        self.device = torch.device(setup.device)
+        self.hidden_size = plan.model.hidden_size
+        spec, ours = plan.model, self.rank_plan
+        self.model = StageModel(
+            spec=spec,
+            config=json.loads(setup.config_json),
+            dtype=self.dtype,
+            device=self.device,
+            first_layer=ours.first_layer,
+            end_layer=ours.end_layer,
+            tp_rank=ours.tp_rank,
+            group=group,
+        )
+        _, num_kv_heads = local_heads(spec, cut_axes(spec, plan.tensor), ours.tp_rank)
+        self._cache = KVCache(
+            range(ours.first_layer, ours.end_layer),
+            ours.num_kv_blocks * plan.block_tokens,
+            num_kv_heads,
+            spec.head_dim,
+            spec.v_head_dim,
+            self.dtype,
+            self.device,
+        )
+        self._table = RequestTable(plan.block_tokens, ours.num_kv_blocks, self.device)
+        self._units = [unit.name for unit in ours.units]
+        manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
+        entries = {blob.unit: blob for blob in manifest.blobs if blob.tp_rank == ours.tp_rank}
+        self._reader = ThreadReader()
+        self._streamer = Streamer(
+            directory=Path(setup.store.directory),
+            blobs=[entries[name] for name in self._units],
+            tiers=[unit.tier for unit in ours.units],
+            reader=self._reader,
+            num_slots=ours.num_slots,
+            num_device_slots=ours.num_device_slots,
+            device=setup.device,
+            verify=setup.verify,
+            read_timeout_s=setup.step_timeout_s,
+        )
+        self._checked_layers = False
+        self._group = group
+        self._busy_s = 0.0
+        self._communication_s = 0.0
+        self._num_tokens = 0
+        self._load_s = 0.0
+
+    def load(self, progress: Callable[[int, int], None]) -> None:
+        """Read the resident units; the first streamed ones are then already on their way."""
+        started = time.monotonic()
+        self._streamer.load(progress)
+        self._load_s = time.monotonic() - started
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | list[SampledToken]:
+        """One step. hidden [1, tokens of the step, H] from the stage before; None on the first.
+
+        Returns hidden states of the same shape, or on the last stage the sampled tokens (empty unless tp_rank 0).
+        """
+        started, communicated = time.monotonic(), self._group.seconds
+        self._table.apply(plan)
+        batches = [self._table.micro_batch(chunks) for chunks in plan.micro_batches]
+        sizes = [batch.token_ids.shape[1] for batch in batches]
+        calls: list[LayerCalls] = []
+        tokens: list[SampledToken] = []
+        if hidden is not None:
+            for batch, part in zip(batches, hidden.split(sizes, dim=1), strict=True):
+                calls.append(self.model.begin(batch.token_ids, batch.position_ids, part))
+        layer = self.rank_plan.first_layer
+        for index, unit in enumerate(self._units):
+            self.model.bind(unit, self._streamer.wait(index))
+            if unit == "embed":
+                calls = [self.model.begin(batch.token_ids, batch.position_ids, None) for batch in batches]
+            elif unit == "head":
+                for batch, call in zip(batches, calls, strict=True):
+                    tokens += self._sample(batch.sample_requests, self.model.finish(call, batch.sample_rows))
+            else:
+                for batch, call in zip(batches, calls, strict=True):
+                    with use_batch(batch.view, self._cache):
+                        self.model.layer(layer, call)
+                layer += 1
+            self._streamer.release(index)
+        self._check_layers()
+        self._num_tokens += sum(sizes)
+        self._communication_s += self._group.seconds - communicated  # the group serves other stages, too
+        self._busy_s += time.monotonic() - started
+        return tokens if self.model.is_last else torch.cat([call.hidden for call in calls], dim=1)
+
+    def worker_report(self, host: str, pid: int, rss_bytes: int) -> WorkerReport:
+        plan = self.rank_plan
+        return WorkerReport(
+            rank=plan.rank,
+            host=host,
+            pid=pid,
+            num_kv_blocks=plan.num_kv_blocks,
+            resident_bytes=plan.resident_bytes,
+            slot_bytes=plan.num_slots * plan.slot_bytes,
+            kv_bytes=self._cache.num_bytes,
+            rss_bytes=rss_bytes,
+            reader=f"{self._reader.name}, {'O_DIRECT' if self._reader.direct else 'buffered'}",
+            load_s=self._load_s,
+        )
+
+    def stream_report(self) -> StreamReport:
+        stats = self._streamer.snapshot()
+        busy, communication = self._busy_s, self._communication_s
+        return StreamReport(
+            rank=self.rank_plan.rank,
+            num_passes=stats.num_passes,
+            bytes_read=stats.bytes_read,
+            bytes_copied=stats.bytes_copied,
+            stall_s=stats.stall_s,
+            busy_s=busy,
+            communication_s=communication,
+            compute_s=max(0.0, busy - stats.stall_s - communication),
+            num_tokens=self._num_tokens,
+            stall_s_per_unit=dict(stats.stall_s_per_unit),
+        )
+
+    def close(self) -> None:
+        self._streamer.close()
+        self._reader.close()
+
+    def _sample(self, request_ids: tuple[str, ...], logits: torch.Tensor) -> list[SampledToken]:
+        if self.rank_plan.tp_rank != 0 or not request_ids:
+            return []
+        rows = [self._table.sampling(request_id) for request_id in request_ids]
+        return sample(logits, request_ids, [spec for spec, _ in rows], [position for _, position in rows])
+
+    def _check_layers(self) -> None:
+        """A layer that never used the KV cache is computed wrongly on this path: refuse, once, at the first step."""
+        if self._checked_layers:
+            return
+        missing = self._cache.untouched()
+        if missing:
+            raise UnsupportedModelError(f"layers {missing} do not use the attention interface; the family cannot be run")
+        self._checked_layers = True
+
+
+def store_key(location: StoreLocation) -> StoreKey:
+    return StoreKey(
+        fingerprint=location.fingerprint,
+        model_type=location.model_type,
+        dtype=location.dtype,
+        encoding=location.encoding,
+        tensor=location.tensor,
+    )

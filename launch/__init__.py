@@ -1,0 +1,1 @@
+"""Ray, the command line, and what people see. The only package that imports ray."""

@@ -1,0 +1,124 @@
+"""Ray as a backend: an embedded Ray for one run, or a cluster that is already there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, LoadProgress, RankSpec
+from dist_infer.config import ClusterConfig
+from dist_infer.engine.executor import Executor
+from launch.root_guard import check_one_root
+from partition.errors import ClusterError
+from partition.hardware import HardwareFacts, NodeFacts
+
+# Resident memory of Ray's own processes on a node (GCS, raylet, agents), measured with benchmarks/footprint.py.
+RAY_FOOTPRINT_BYTES = 600 << 20
+_OBJECT_STORE_BYTES = 80 << 20  # messages are small; weights and activations never go through it
+_FACTS_TIMEOUT_S = 60
+
+
+class RayBackend:
+    """Connects to `cluster.address`, or starts a Ray on this machine's loopback that ends with the run.
+
+    Ray starts with the first call that needs it (`executor`, or `facts` of an existing cluster), so that a plan that
+    does not fit has started nothing.
+    """
+
+    def __init__(self, config: ClusterConfig, name: str) -> None:
+        check_one_root()
+        self._config, self._name = config, name
+        self._started = False
+        self._node_addresses: tuple[str, ...] = ("127.0.0.1",)
+
+    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+        from dist_infer.machine import machine_facts
+
+        if self._config.address is None:
+            return HardwareFacts(nodes=(machine_facts(with_devices=with_devices, sample=sample, dtype=dtype),))
+        self._start(world_size=0)
+        return self._cluster_facts(with_devices, sample, dtype)
+
+    def footprint(self, tensor: int, pipeline: int) -> Footprint:
+        launcher = PROCESS_FOOTPRINT_BYTES + RAY_FOOTPRINT_BYTES + _OBJECT_STORE_BYTES
+        return Footprint(rank_bytes=PROCESS_FOOTPRINT_BYTES, launcher_bytes=launcher)
+
+    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor:
+        self._start(world_size=len(spec.plan.ranks))
+        from launch.executor import RayExecutor
+
+        return RayExecutor(
+            spec,
+            name=self._name,
+            node_addresses=self._node_addresses,
+            start_timeout_s=self._config.start_timeout,
+            progress=progress,
+        )
+
+    def close(self) -> None:
+        """End the embedded Ray with all its processes, or leave the cluster. Idempotent."""
+        if self._started:
+            import ray
+
+            self._started = False
+            ray.shutdown()
+
+    def _start(self, world_size: int) -> None:
+        if self._started:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        embedded = self._config.address is None
+        if embedded and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        if embedded:
+            options |= {
+                "address": "local",
+                "num_cpus": max(world_size, os.cpu_count() or 1),
+                "include_dashboard": False,
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_node_ip_address": "127.0.0.1",
+            }
+        else:
+            options["address"] = self._config.address
+        self._started = True
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
+            raise ClusterError(f"could not reach or start {where}: {error}") from error
+        if not embedded:
+            self._node_addresses = tuple(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
+
+    def _cluster_facts(self, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+        """Each node measures itself, in a task pinned to it."""
+        import ray
+        from ray.exceptions import RayError
+
+        refs = [
+            _node_facts(address).remote(with_devices, None if sample is None else str(sample), dtype)
+            for address in self._node_addresses
+        ]
+        try:
+            nodes: list[NodeFacts] = ray.get(refs, timeout=_FACTS_TIMEOUT_S)
+        except RayError as error:
+            raise ClusterError(f"could not read the facts of the cluster's nodes: {error}") from error
+        return HardwareFacts(nodes=tuple(nodes))
+
+
+def _node_facts(address: str) -> Any:
+    import ray
+
+    def read(with_devices: bool, sample: str | None, dtype: str | None) -> NodeFacts:
+        check_one_root()
+        from dist_infer.machine import machine_facts
+
+        there = sample is not None and Path(sample).exists()
+        return machine_facts(with_devices=with_devices, sample=Path(str(sample)) if there else None, dtype=dtype)
+
+    return ray.remote(num_cpus=0, resources={f"node:{address}": 0.001})(read)

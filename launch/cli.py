@@ -1,0 +1,260 @@
+"""The command line. Exit codes: 0 ok, 2 config or usage, 3 checkpoint, store or disk, 4 cluster, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dist_infer.config import GenerateConfig, RunConfig, load_config
+from launch.interrupt import end_on_interrupt
+from launch.root_guard import check_one_root
+from partition.errors import ConfigError, DistInferError
+
+if TYPE_CHECKING:
+    from dist_infer.llm import LLM
+    from dist_infer.outputs import RequestOutput
+    from dist_infer.summary import RunSummary
+    from offload.pack import PackProgress
+
+app = typer.Typer(
+    help="Distributed inference for models that do not fit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="FILE")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key. Repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
+
+
+@app.command()
+def launch(file: File, overrides: Set = None, as_json: Json = False) -> None:
+    """Do what the file's `run:` section says."""
+    config = load_config(file, overrides or [])
+    if config.run is None:
+        raise ConfigError(f"{file} has no `run:` section: add e.g. `run: {{kind: generate, prompts: [...]}}`")
+    _generate(config, config.run, as_json)
+
+
+@app.command()
+def generate(
+    file: File,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="A prompt. Repeatable.")],
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts given here, with the model, cluster and sampling of the file."""
+    config = load_config(file, overrides or [])
+    run = config.run or GenerateConfig(kind="generate", prompts=list(prompt))
+    _generate(config, run.model_copy(update={"prompts": list(prompt)}), as_json)
+
+
+@app.command()
+def plan(
+    file: File,
+    overrides: Set = None,
+    as_json: Json = False,
+    hardware: Annotated[
+        Path | None, typer.Option("--hardware", help="Plan for this hardware (YAML) instead of the machine here.")
+    ] = None,
+) -> None:
+    """Print which rank owns what, in which tier, and what it should cost. Reads no weights, starts nothing."""
+    from dist_infer.backend import make_backend
+    from dist_infer.startup import open_model, plan_run
+    from launch.display import plan_notes, plan_table
+    from partition.hardware import load_hardware
+    from partition.plan import plan_to_json
+
+    config = load_config(file, overrides or [])
+    model = open_model(config)
+    backend = make_backend(config.cluster, config.name)
+    try:
+        footprint = backend.footprint(config.parallel.tensor, config.parallel.pipeline)
+        if hardware is not None:
+            facts = load_hardware(hardware)
+        else:
+            facts = backend.facts(with_devices=config.cluster.device != "cpu", sample=None, dtype=None)
+        result = plan_run(config, model, facts, footprint)
+    finally:
+        backend.close()
+    if as_json:
+        print(plan_to_json(result))
+        return
+    console = Console(highlight=False)
+    console.print(plan_table(result))
+    for note in plan_notes(result):
+        console.print(note, markup=False)
+
+
+@app.command()
+def pack(file: File, overrides: Set = None, as_json: Json = False) -> None:
+    """Make the packed store of the file's model, dtype and tensor degree; resumes what was begun."""
+    from dist_infer.startup import open_model, pack_model
+    from launch.display import StartDisplay
+
+    config = load_config(file, overrides or [])
+    model = open_model(config)
+    console = Console(stderr=True)
+    with StartDisplay(console) as display:
+        location, report = pack_model(config, model, display.show)
+    if as_json:
+        print(json.dumps({"store": location.directory, **asdict(report)}))
+        return
+    what = f"wrote {report.num_written} blobs, {report.bytes_written / 1e6:.0f} MB" if report.num_written else "nothing"
+    print(f"{location.directory}: {what} in {report.seconds:.1f} s, {report.num_reused} blobs were there")
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(help="A run file, or the directory of a packed store.", metavar="FILE|STORE")],
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Re-read a packed store against its checksums. Exit code 3 when a blob is bad."""
+    from offload.pack import verify_store
+
+    directory = target if target.is_dir() else _store_of(load_config(target, overrides or []))
+    console = Console(stderr=True)
+
+    def show(progress: PackProgress) -> None:
+        if console.is_terminal:
+            console.print(f"\r{progress.num_done}/{progress.num_total}", end="", highlight=False)
+
+    report = verify_store(directory, show)
+    bad = [asdict(blob) for blob in report.bad]
+    if as_json:
+        print(json.dumps({"store": str(directory), "num_checked": report.num_checked, "bad": bad}))
+    else:
+        for blob in report.bad:
+            print(f"BAD {blob.unit} of tensor rank {blob.tp_rank}: digest {blob.actual}, packed as {blob.expected}")
+        print(f"{directory}: {report.num_checked - len(bad)} of {report.num_checked} blobs are as they were packed")
+    if bad:
+        raise typer.Exit(3)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the run file, for editors."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from dist_infer import __version__
+
+    print(f"dist-infer {__version__}")
+
+
+def _store_of(config: RunConfig) -> Path:
+    from dist_infer.startup import open_model, store_location
+
+    return Path(store_location(config, open_model(config)).directory)
+
+
+def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
+    """Start, answer, print. With --json stdout holds one JSON document, and what people read goes to stderr."""
+    from dist_infer.llm import LLM
+    from launch.display import StartDisplay, plan_notes, plan_table, ready_line, summary_table
+
+    console = Console(stderr=as_json, highlight=False)
+    started = time.monotonic()
+    with StartDisplay(console) as display:
+        llm = LLM(config, on_progress=display.show)
+    with llm:
+        pack_report = llm.gang.pack_report
+        written, pack_s = pack_report.num_written, pack_report.seconds
+        console.print(ready_line(llm.gang.reports, written, pack_s, time.monotonic() - started), markup=False)
+        outputs, summary = _answer(llm, run, console)
+        console.print(plan_table(llm.plan))
+        for note in plan_notes(llm.plan):
+            console.print(note, markup=False)
+        console.print(summary_table(summary))
+        if as_json:
+            print(json.dumps({"outputs": [_as_json(output) for output in outputs], "summary": summary.as_dict()}))
+
+
+def _answer(llm: LLM, run: GenerateConfig, console: Console) -> tuple[list[RequestOutput], RunSummary]:
+    from dist_infer.outputs import Failed, TokenEvent
+    from dist_infer.sampling_params import SamplingParams
+    from launch.display import AnswerDisplay
+
+    prompts = [_prompt_ids(llm, run, prompt) for prompt in run.prompts]
+    params = SamplingParams(
+        max_tokens=run.max_tokens,
+        temperature=run.temperature,
+        top_k=run.top_k,
+        top_p=run.top_p,
+        seed=run.seed,
+        stop=run.stop,
+        logprobs=run.logprobs,
+    )
+    width = len(str(len(prompts)))
+    for index, (text, _) in enumerate(prompts):
+        console.print(f"[{index + 1:>{width}}] > {text}", style="bold", markup=False)
+    answers = AnswerDisplay(console, len(prompts))
+    outputs: dict[int, RequestOutput] = {}
+    before, started = llm.stream_reports(), time.monotonic()
+    for index, event in llm.events(prompts, [params] * len(prompts)):
+        if isinstance(event, TokenEvent):
+            answers.add(index, event.text)
+        elif isinstance(event, Failed):
+            raise event.error
+        else:
+            outputs[index] = event.output
+            answers.end(index, f"{event.reason}, {len(event.output.outputs[0].token_ids)} tokens")
+    summary = llm.summarise(list(outputs.values()), before, started)
+    return [outputs[index] for index in range(len(prompts))], summary
+
+
+def _prompt_ids(llm: LLM, run: GenerateConfig, prompt: Any) -> tuple[str, list[int]]:
+    if not isinstance(prompt, str):
+        messages = [message.model_dump() for message in prompt]
+        return str(messages[-1]["content"]), llm.chat_ids(messages)
+    if not run.chat:
+        return prompt, llm.encode(prompt)
+    system = [{"role": "system", "content": run.system}] if run.system is not None else []
+    return prompt, llm.chat_ids([*system, {"role": "user", "content": prompt}])
+
+
+def _as_json(output: RequestOutput) -> dict[str, Any]:
+    return asdict(output)
+
+
+def main() -> None:
+    """Entry point: errors of the tree become one line on stderr and their exit code."""
+    code = 0
+    with end_on_interrupt():
+        try:
+            check_one_root()
+            code = app(standalone_mode=False) or 0  # what a command raised as typer.Exit comes back as its value
+        except DistInferError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except Exception as error:
+            code = _usage_error(error)
+    sys.exit(code)
+
+
+def _usage_error(error: Exception) -> int:
+    """Usage errors of the command-line library print themselves; anything else is our bug and keeps its trace."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return int(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

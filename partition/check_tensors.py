@@ -1,0 +1,141 @@
+"""Does the checkpoint hold what its config says? Asked before anything is packed or started."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from partition.checkpoint import CheckpointIndex
+from partition.errors import CheckpointError, UnsupportedModelError
+from partition.model_spec import ModelSpec, text_config
+from partition.sharding import ParameterSpec, units_of
+from partition.tensor_entry import TensorEntry
+
+Expected = tuple[str, tuple[int, ...]]
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_EXPERTS = re.compile(r"^(model\.layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)$")
+_ROUTER = re.compile(r"^(model\.layers\.\d+\.)mlp\.gate\.weight$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\..*\.(weight|bias)$")
+_IN_GGUF = {
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.qkv_proj.weight": "attn_qkv.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.gate_up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+}
+
+
+def check_tensors(spec: ModelSpec, index: CheckpointIndex) -> None:
+    """Every parameter that `spec` expects is there with its shape; a tied lm_head may be absent.
+
+    Raises CheckpointError naming the tensor with expected and actual shape, UnsupportedModelError for quantized
+    safetensors. A config-only checkpoint has no tensors to check and is refused.
+    """
+    if index.kind == "config_only":
+        raise CheckpointError(f"{index.path} has a config.json but no weights: it can be planned, not launched")
+    if index.kind == "gguf":
+        _check_gguf(spec, index)
+        return
+    quantization = text_config(index.config).get("quantization_config", index.config.get("quantization_config"))
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"{index.path} is quantized ({str(method)[:50]}): use the checkpoint in bfloat16, float16 or float32"
+        )
+    tensors = _plain_names(index)
+    known: set[str] = set()
+    for unit in units_of(spec):
+        for parameter in unit.parameters:
+            layouts = list(_layouts(spec, parameter))
+            chosen = next((layout for layout in layouts if layout[0][0] in tensors), layouts[0])
+            known.update(name for name, _ in chosen)
+            if parameter.name == "lm_head.weight" and spec.tied and parameter.name not in tensors:
+                continue
+            for name, shape in chosen:
+                _compare(index, name, shape, tensors.get(name))
+                if tensors[name].dtype not in _FLOATS:
+                    raise UnsupportedModelError(f"{index.path}: tensor {name!r} is {tensors[name].dtype}, not a float")
+    for name in tensors:
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) < spec.num_layers and name not in known and "rotary_emb" not in name:
+            raise CheckpointError(
+                f"{index.path}: tensor {name!r} belongs to no parameter of a {spec.model_type} model with this "
+                f"config.json (flags {spec.flags}), so the model would be computed without it"
+            )
+
+
+def _plain_names(index: CheckpointIndex) -> dict[str, TensorEntry]:
+    """The text model's tensors, named as in a text-only checkpoint."""
+    if "model.embed_tokens.weight" in index.tensors:
+        return index.tensors
+    for prefix, plain in (("language_model.model.", "model."), ("model.language_model.", "model.")):
+        if f"{prefix}embed_tokens.weight" in index.tensors:
+            renamed = {
+                plain + name.removeprefix(prefix): entry
+                for name, entry in index.tensors.items()
+                if name.startswith(prefix)
+            }
+            for head in ("lm_head.weight", "language_model.lm_head.weight"):
+                if head in index.tensors:
+                    renamed["lm_head.weight"] = index.tensors[head]
+            return renamed
+    return index.tensors
+
+
+def _layouts(spec: ModelSpec, parameter: ParameterSpec) -> Iterator[list[Expected]]:
+    """The ways to store a parameter: under its own name, or expert by expert as checkpoints on disk have it."""
+    yield [(parameter.name, parameter.shape)]
+    if found := _EXPERTS.match(parameter.name):
+        num_experts, inter, hidden = spec.dims["num_experts"], spec.dims["moe_inter"], spec.dims["hidden"]
+        for folder, into, out in (
+            ("mlp", ("gate_proj", "up_proj"), ("down_proj",)),
+            ("block_sparse_moe", ("w1", "w3"), ("w2",)),
+        ):
+            leaves, shape = (into, (inter, hidden)) if found[2] == "gate_up_proj" else (out, (hidden, inter))
+            yield [
+                (f"{found[1]}{folder}.experts.{expert}.{leaf}.weight", shape)
+                for expert in range(num_experts)
+                for leaf in leaves
+            ]
+    if found := _ROUTER.match(parameter.name):
+        yield [(f"{found[1]}block_sparse_moe.gate.weight", parameter.shape)]
+
+
+def _check_gguf(spec: ModelSpec, index: CheckpointIndex) -> None:
+    _compare_gguf(index, "token_embd.weight", (spec.vocab_size, spec.hidden_size))
+    _compare_gguf(index, "output_norm.weight", (spec.hidden_size,))
+    if not spec.tied:
+        _compare_gguf(index, "output.weight", (spec.vocab_size, spec.hidden_size))
+    for i, unit in enumerate(units_of(spec)[1:-1]):
+        for parameter in unit.parameters:
+            leaf = _IN_GGUF.get(parameter.name.removeprefix(f"model.layers.{i}."))
+            if leaf is not None:
+                _compare_gguf(index, f"blk.{i}.{leaf}", parameter.shape)
+    blocks = {int(name.split(".")[1]) for name in index.tensors if re.match(r"^blk\.\d+\.", name)}
+    if blocks != set(range(spec.num_layers)):
+        raise CheckpointError(f"{index.path} has {len(blocks)} blocks, its metadata says {spec.num_layers}")
+
+
+def _compare_gguf(index: CheckpointIndex, name: str, shape: tuple[int, ...]) -> None:
+    _compare(index, name, shape, index.tensors.get(name))
+
+
+def _compare(index: CheckpointIndex, name: str, shape: tuple[int, ...], entry: TensorEntry | None) -> None:
+    if entry is None:
+        raise CheckpointError(f"{index.path} lacks tensor {name!r} of shape {list(shape)}, which its config calls for")
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{index.path}: tensor {name!r} in {entry.file} has shape {list(entry.shape)}, its config calls for "
+            f"{list(shape)}"
+        )

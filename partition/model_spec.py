@@ -1,0 +1,186 @@
+"""What a model is, from its config.json alone: dimensions, layer kinds, flags. No weights, no model classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from partition.errors import ConfigError, UnsupportedModelError
+from partition.families import family_of
+
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # one number, three names among families
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A causal language model.
+
+    `layer_kinds[i]` ("dense" | "moe") picks the parameter table of layer i. `dims` has every dimension that the table
+    of the family names, in elements. `head_dim` is the width of one query or key head, `v_head_dim` of one value head.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    max_position: int
+    tied: bool
+    layer_kinds: tuple[str, ...]
+    dims: dict[str, int]
+    flags: dict[str, bool]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """The spec of a parsed config.json; of a composite (vision-language) config its text part.
+
+        Raises UnsupportedModelError for an unknown family and ConfigError for a missing or senseless key.
+        """
+        text = text_config(config)
+        model_type = text.get("model_type")
+        if not isinstance(model_type, str):
+            raise ConfigError("config.json has no 'model_type', so the model family is unknown")
+        family = family_of(model_type)
+        keys = _Keys(text, family["defaults"], model_type)
+        num_layers, num_heads = keys.count("num_hidden_layers"), keys.count("num_attention_heads")
+        hidden, vocab = keys.count("hidden_size"), keys.count("vocab_size")
+        latent = "kv_lora_rank" in text
+        if family["layer_rule"] == "first_k_dense" and not latent:
+            raise ConfigError(f"config.json of a {model_type} model has no 'kv_lora_rank'")
+        num_kv_heads = num_heads if latent else keys.count("num_key_value_heads", absent=num_heads)
+        if num_heads % num_kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            )
+        dims = {"hidden": hidden, "vocab": vocab}
+        if latent:
+            nope, rope = keys.count("qk_nope_head_dim"), keys.count("qk_rope_head_dim")
+            head_dim, v_head_dim = nope + rope, keys.count("v_head_dim")
+            dims |= {"kv_lora": keys.count("kv_lora_rank"), "kv_a_width": keys.count("kv_lora_rank") + rope}
+            dims |= {"q_b_width": num_heads * head_dim, "kv_b_width": num_heads * (nope + v_head_dim)}
+            dims |= {"o_width": num_heads * v_head_dim}
+            if keys.get("q_lora_rank") is not None:
+                dims["q_lora"] = keys.count("q_lora_rank")
+        else:
+            if keys.get("head_dim") is None and hidden % num_heads:
+                raise ConfigError(
+                    f"config.json has no 'head_dim' and hidden_size {hidden} is no multiple of {num_heads} heads"
+                )
+            head_dim = v_head_dim = keys.count("head_dim", absent=hidden // num_heads)
+            dims |= {"head_dim": head_dim, "q_width": num_heads * head_dim, "kv_width": num_kv_heads * head_dim}
+            dims["qkv_width"] = dims["q_width"] + 2 * dims["kv_width"]
+        layer_kinds = tuple(_LAYER_RULES[family["layer_rule"]](keys, num_layers))
+        dims |= _mlp_dims(keys, family["layer_rule"], layer_kinds)
+        flags = {name: "q_lora" in dims if name == "q_lora" else keys.flag(name) for name in family["flags"]}
+        return cls(
+            model_type=model_type,
+            num_layers=num_layers,
+            hidden_size=hidden,
+            vocab_size=vocab,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            max_position=keys.count("max_position_embeddings"),
+            # some composite configs say it only at the top
+            tied=keys.flag("tie_word_embeddings", config.get("tie_word_embeddings")),
+            layer_kinds=layer_kinds,
+            dims=dims,
+            flags=flags,
+        )
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config: `text_config` of a composite one, else the config itself."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config.json is not an object but {type(config).__name__}")
+    text = config.get("text_config", config)
+    if not isinstance(text, Mapping):
+        raise ConfigError("config.json: 'text_config' is not an object")
+    return text
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Checked reading of config keys, with the family's own defaults for what config.json leaves out."""
+
+    config: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    model_type: str
+
+    def get(self, key: str) -> Any:
+        return self.config[key] if key in self.config else self.defaults.get(key)
+
+    def count(self, key: str, *, absent: int | None = None, least: int = 1) -> int:
+        """An integer ≥ least; `absent` is what a missing or null key means."""
+        value = self.get(key)
+        if value is None:
+            value = absent
+        if value is None:
+            raise ConfigError(f"config.json of a {self.model_type} model has no {key!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**40:
+            raise ConfigError(f"config.json: {key!r} is {value!r}, but must be a whole number of at least {least}")
+        return value
+
+    def flag(self, key: str, otherwise: Any = None) -> bool:
+        value = self.config.get(key)
+        value = otherwise if value is None else value
+        value = self.defaults.get(key) if value is None else value
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"config.json: {key!r} is {value!r}, but must be true or false")
+        return bool(value)
+
+    def experts(self) -> int:
+        for key in _EXPERT_KEYS:
+            if self.get(key) is not None:
+                return self.count(key)
+        raise ConfigError(f"config.json of a {self.model_type} model has none of {', '.join(_EXPERT_KEYS)}")
+
+
+def _all_dense(keys: _Keys, num_layers: int) -> list[str]:
+    return ["dense"] * num_layers
+
+
+def _all_moe(keys: _Keys, num_layers: int) -> list[str]:
+    return ["moe"] * num_layers
+
+
+def _first_k_dense(keys: _Keys, num_layers: int) -> list[str]:
+    if keys.get("moe_layer_freq") not in (None, 1):
+        raise UnsupportedModelError(f"moe_layer_freq {keys.get('moe_layer_freq')!r} is not supported, only 1")
+    dense = keys.count("first_k_dense_replace", least=0)
+    return ["dense" if layer < dense else "moe" for layer in range(num_layers)]
+
+
+def _sparse_step(keys: _Keys, num_layers: int) -> list[str]:
+    step, dense = keys.count("decoder_sparse_step"), keys.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ConfigError(f"config.json: 'mlp_only_layers' is {dense!r}, but must be a list of layer numbers")
+    return ["dense" if layer in dense or (layer + 1) % step else "moe" for layer in range(num_layers)]
+
+
+_LAYER_RULES: dict[str, Callable[[_Keys, int], list[str]]] = {
+    "dense": _all_dense,
+    "moe": _all_moe,
+    "first_k_dense": _first_k_dense,
+    "sparse_step": _sparse_step,
+}
+
+
+def _mlp_dims(keys: _Keys, rule: str, layer_kinds: tuple[str, ...]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    if "dense" in layer_kinds:
+        dims["inter"] = keys.count("intermediate_size")
+        dims["2*inter"] = 2 * dims["inter"]
+    if "moe" in layer_kinds:
+        dims["moe_inter"] = keys.count("intermediate_size" if rule == "moe" else "moe_intermediate_size")
+        dims["2*moe_inter"] = 2 * dims["moe_inter"]
+        dims["num_experts"] = keys.experts()
+        dims["experts_per_token"] = keys.count("num_experts_per_tok")
+        if rule == "first_k_dense":
+            dims["shared_inter"] = keys.count("n_shared_experts") * dims["moe_inter"]
+    return dims

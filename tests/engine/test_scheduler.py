@@ -1,0 +1,311 @@
+"""What goes into a step, in which order, and what a full KV cache does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_infer.engine.fake_executor import FakeExecutor
+from dist_infer.engine.request import Request, RequestState
+from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
+from dist_infer.messages import Chunk, SampledToken, StepPlan, StepResult
+from dist_infer.sampling_params import SamplingParams
+from partition.errors import ClusterError, ConfigError
+
+
+def make_scheduler(**changes: int) -> Scheduler:
+    values = {
+        "num_kv_blocks": 100,
+        "block_tokens": 4,
+        "max_batch_tokens": 8,
+        "max_micro_batches": 2,
+        "max_requests": 10,
+        "max_model_len": 200,
+        "max_steps_in_flight": 1,
+    }
+    return Scheduler(SchedulerConfig(**{**values, **changes}))
+
+
+def make_request(name: str, num_prompt: int, max_tokens: int | None = 4) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0)
+    return Request(id=name, prompt_token_ids=tuple(range(num_prompt)), params=params, sampling=params.spec(0))
+
+
+def answer(scheduler: Scheduler, plan: StepPlan | None) -> None:
+    """Every sampled token is 7."""
+    assert plan is not None
+    chunks = [chunk for batch in plan.micro_batches for chunk in batch]
+    tokens = tuple(SampledToken(chunk.request_id, 7) for chunk in chunks if chunk.sample)
+    scheduler.apply(StepResult(plan.step_id, tokens))
+
+
+def step(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    assert plan is not None
+    answer(scheduler, plan)
+    return plan
+
+
+def names(plan: StepPlan | None) -> list[str]:
+    assert plan is not None
+    return list(dict.fromkeys(chunk.request_id for batch in plan.micro_batches for chunk in batch))
+
+
+def test_long_prompt_fills_the_micro_batches_of_one_step_then_goes_on() -> None:
+    """Layer-major prefill: a prompt costs one pass for each step's budget, not one for each micro-batch."""
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 20))
+    first, second = step(scheduler), step(scheduler)
+    assert first.micro_batches == ((Chunk("a", 0, 8, False),), (Chunk("a", 8, 8, False),))
+    assert second.micro_batches == ((Chunk("a", 16, 4, True),),)
+    assert (second.new, second.diffs) == ((), ())  # the ranks know all of it
+
+
+def test_a_chunk_is_cut_where_its_micro_batch_ends() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 5))
+    scheduler.add(make_request("b", 6))
+    assert step(scheduler).micro_batches == (
+        (Chunk("a", 0, 5, True), Chunk("b", 0, 3, False)),
+        (Chunk("b", 3, 3, True),),
+    )
+
+
+def test_decodes_behind_a_long_prompt_keep_their_token() -> None:
+    """A prompt that takes the whole budget would stall every younger answer that is being read."""
+    scheduler = make_scheduler(max_steps_in_flight=2)
+    scheduler.add(make_request("long", 100))
+    scheduler.add(make_request("short", 2))
+    scheduler.add(make_request("other", 2))
+    prompt, decode = scheduler.schedule(), scheduler.schedule()
+    assert (names(prompt), names(decode)) == (["long"], ["short", "other"])
+    answer(scheduler, prompt)
+    answer(scheduler, decode)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (names(plan), plan.num_tokens) == (["long", "short"], 16)
+
+
+def test_prompts_behind_decodes_take_what_is_left() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("old", 2))
+    step(scheduler)
+    scheduler.add(make_request("long", 40))
+    plan = step(scheduler)
+    assert (names(plan), plan.num_tokens) == (["old", "long"], 16)
+
+
+def test_full_once_then_diffs_with_content() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 3))
+    first, second, third = step(scheduler), step(scheduler), step(scheduler)
+    assert [new.token_ids for new in first.new] == [(0, 1, 2)]
+    assert second.new == third.new == ()
+    assert (second.diffs[0].new_token_ids, second.diffs[0].new_block_ids) == ((7,), ())
+    assert (third.diffs[0].new_token_ids, third.diffs[0].new_block_ids) == ((7,), (1,))
+
+
+def test_end_is_told_to_the_ranks_once_and_only_if_they_knew() -> None:
+    scheduler = make_scheduler(max_requests=1)
+    known, unknown, last = make_request("known", 2), make_request("unknown", 2), make_request("last", 2)
+    for request in (known, unknown, last):
+        scheduler.add(request)
+    step(scheduler)
+    scheduler.finish(known)
+    scheduler.abort("unknown")
+    plan = step(scheduler)
+    assert plan.finished == ("known",)
+    assert names(plan) == ["last"]
+    assert step(scheduler).finished == ()
+
+
+def test_max_requests_own_blocks_at_most() -> None:
+    scheduler = make_scheduler(max_requests=2)
+    for name in "abc":
+        scheduler.add(make_request(name, 2))
+    assert names(step(scheduler)) == ["a", "b"]
+    assert names(step(scheduler)) == ["a", "b"]
+
+
+def test_running_requests_are_split_over_the_steps_in_flight() -> None:
+    """All in one step would leave the other stages of the pipeline idle."""
+    scheduler = make_scheduler(max_steps_in_flight=2)
+    for name in "abcd":
+        scheduler.add(make_request(name, 2))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert (names(first), names(second)) == (["a", "b"], ["c", "d"])
+    assert scheduler.schedule() is None
+    answer(scheduler, first)
+    assert names(scheduler.schedule()) == ["a", "b"]
+
+
+def test_waiting_requests_that_find_no_block_do_not_unsplit_the_steps() -> None:
+    scheduler = make_scheduler(max_steps_in_flight=2, num_kv_blocks=6, max_requests=50)
+    for index in range(20):
+        scheduler.add(make_request(f"r{index}", 4, max_tokens=2))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    running = names(first) + (names(second) if second is not None else [])
+    answer(scheduler, first)
+    assert len(names(scheduler.schedule())) <= -(-len(running) // 2)
+
+
+def test_youngest_is_preempted_and_comes_back_in_full() -> None:
+    scheduler = make_scheduler(num_kv_blocks=4)
+    old, young = make_request("old", 4, max_tokens=9), make_request("young", 4, max_tokens=9)
+    scheduler.add(old)
+    scheduler.add(young)
+    step(scheduler)  # "old" alone: one block stays spare for it
+    for _ in range(20):
+        plan = scheduler.schedule()
+        assert plan is not None
+        if young.num_preemptions:
+            break
+        answer(scheduler, plan)
+    assert plan.finished == ("young",)
+    assert (names(plan), young.state, young.num_computed) == (["old"], RequestState.WAITING, 0)
+    answer(scheduler, plan)
+    scheduler.finish(old)
+    plan = step(scheduler)
+    assert plan.new[0].token_ids == tuple(young.token_ids[:-1])
+    assert plan.finished == ("old",)
+
+
+def test_oldest_is_never_preempted_and_waits_for_a_younger_one_in_flight() -> None:
+    """Two steps: the oldest needs a block while all younger ones are in flight. It must neither give up its own
+    blocks nor be passed over once they are back.
+    """
+    scheduler = make_scheduler(num_kv_blocks=4, max_steps_in_flight=2)
+    old, young = make_request("old", 4, max_tokens=9), make_request("young", 4, max_tokens=9)
+    scheduler.add(old)
+    scheduler.add(young)
+    in_flight: list[StepPlan] = []
+    for _ in range(40):
+        while (plan := scheduler.schedule()) is not None:
+            in_flight.append(plan)
+        assert in_flight, "livelock"
+        answer(scheduler, in_flight.pop(0))
+        scheduler.integrity()
+        if old.num_output_tokens == 9:
+            break
+    assert (old.num_output_tokens, old.num_preemptions) == (9, 0)
+    assert young.num_preemptions > 0
+
+
+def test_blocks_of_a_request_aborted_in_flight_stay_its_own_until_the_step_is_back() -> None:
+    """The ranks still write into them; handed on at once, they would hold another's text."""
+    scheduler = make_scheduler()
+    request = make_request("a", 4)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.abort("a")
+    assert (request.state, scheduler.num_free_blocks) == (RequestState.ABORTING, 99)
+    answer(scheduler, plan)
+    assert (request.state, scheduler.num_free_blocks, scheduler.has_requests) == (RequestState.FINISHED, 100, False)
+
+
+def test_finish_in_flight_is_a_bug() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a", 4)
+    scheduler.add(request)
+    scheduler.schedule()
+    with pytest.raises(RuntimeError, match="in flight"):
+        scheduler.finish(request)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens", "message"),
+    [
+        (0, 1, "no tokens"),
+        (200, 1, "201 together, but max_model_len is 200"),
+        (10, 31, "need 11 KV blocks of 4 tokens, but there are 10"),
+        (40, None, "need 11 KV blocks of 4 tokens, but there are 10"),
+    ],
+)
+def test_what_can_never_fit_is_refused_at_once(num_prompt: int, max_tokens: int | None, message: str) -> None:
+    """Else its client waits for ever. The message has need and have."""
+    scheduler = make_scheduler(num_kv_blocks=10)
+    with pytest.raises(ConfigError, match=message):
+        scheduler.add(make_request("a", num_prompt, max_tokens))
+    assert not scheduler.has_requests
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_tokens", "limit"),
+    [({}, 5, 15), ({}, 500, 200), ({}, None, 200), ({"num_kv_blocks": 10}, None, 40)],
+)
+def test_token_limit_is_the_nearest_end(changes: dict[str, int], max_tokens: int | None, limit: int) -> None:
+    assert make_scheduler(**changes).token_limit(10, max_tokens) == limit
+
+
+def test_id_in_use_is_refused() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 2))
+    with pytest.raises(ConfigError, match="in use"):
+        scheduler.add(make_request("a", 2))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        StepResult(1, (SampledToken("a", 7),)),
+        StepResult(0, ()),
+        StepResult(0, (SampledToken("b", 7),)),
+        StepResult(0, (SampledToken("a", 7), SampledToken("a", 8))),
+    ],
+)
+def test_result_of_another_step_or_request_is_never_taken_in(result: StepResult) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 2))
+    scheduler.schedule()
+    with pytest.raises(ClusterError, match="step"):
+        scheduler.apply(result)
+
+
+@pytest.mark.parametrize("field", ["num_kv_blocks", "max_batch_tokens", "max_steps_in_flight"])
+def test_config_of_nothing_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        make_scheduler(**{field: 0})
+
+
+def test_integrity_sees_a_block_the_request_does_not_know() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_request("a", 2))
+    scheduler.schedule()
+    scheduler._requests["a"].block_ids.clear()
+    with pytest.raises(RuntimeError, match="owned"):
+        scheduler.integrity()
+
+
+def corrupt(plan: StepPlan, **changes: Any) -> StepPlan:
+    values = {name: getattr(plan, name) for name in ("step_id", "micro_batches", "new", "diffs", "finished")}
+    return StepPlan(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_id": 3}, "step 1 is next"),
+        ({"finished": ("x",)}, "not known"),
+        ({"finished": ("a",)}, "not known or not in the step"),
+        ({"diffs": ()}, "3 tokens computed and 3 known"),
+        ({"micro_batches": ((Chunk("x", 0, 1, True),),)}, "not in the step|not known"),
+        ({"micro_batches": ((Chunk("a", 2, 1, True),),)}, "tokens computed"),
+        ({"micro_batches": ((Chunk("a", 3, 1, False),),)}, "must sample"),
+        ({"micro_batches": ((),), "diffs": ()}, "micro-batch of 0"),
+    ],
+)
+def test_fake_executor_refuses_what_a_rank_would(changes: dict[str, Any], message: str) -> None:
+    """If the fake forgave, every test that rests on it would prove nothing."""
+    scheduler = make_scheduler()
+    executor = FakeExecutor(num_kv_blocks=100, block_tokens=4)
+    scheduler.add(make_request("a", 3))
+    first = scheduler.schedule()
+    assert first is not None
+    executor.submit(first)
+    scheduler.apply(executor.collect(1.0))
+    second = scheduler.schedule()
+    assert second is not None
+    with pytest.raises(ClusterError, match=message):
+        executor.submit(corrupt(second, **changes))

@@ -1,0 +1,134 @@
+"""Arrivals, aborts and steps in any order: no block is lost, all end once, with the tokens of a solo run."""
+
+from __future__ import annotations
+
+import functools
+
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dist_infer.engine.fake_executor import FakeExecutor
+from dist_infer.engine.request import Request
+from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
+from dist_infer.messages import StepPlan
+from dist_infer.sampling_params import SamplingParams
+from partition.errors import ConfigError
+
+VOCAB = 40
+EOS = 0
+HASH = FakeExecutor(num_kv_blocks=1, block_tokens=1, vocab_size=VOCAB).hashed_token
+
+
+@functools.cache
+def solo_run(prompt: tuple[int, ...], limit: int, params: SamplingParams) -> list[int]:
+    """The answer of a request that is alone in the world."""
+    tokens = list(prompt)
+    while len(tokens) < limit:
+        tokens.append(HASH(tokens, params.spec(params.seed or 0)))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    scheduler: Scheduler
+
+    @initialize(
+        num_kv_blocks=st.integers(3, 14),
+        block_tokens=st.integers(1, 4),
+        max_batch_tokens=st.integers(1, 6),
+        max_micro_batches=st.integers(1, 3),
+        max_requests=st.integers(1, 6),
+        max_steps_in_flight=st.integers(1, 4),
+    )
+    def build(self, **config: int) -> None:
+        self.config = SchedulerConfig(max_model_len=40, **config)
+        self.scheduler = Scheduler(self.config)
+        self.executor = FakeExecutor(
+            num_kv_blocks=self.config.num_kv_blocks,
+            block_tokens=self.config.block_tokens,
+            vocab_size=VOCAB,
+            max_batch_tokens=self.config.max_batch_tokens,
+        )
+        self.live: dict[str, Request] = {}
+        self.in_flight: list[StepPlan] = []
+        self.num_added = 0
+
+    @rule(num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12), seed=st.integers(0, 3), greedy=st.booleans())
+    def arrive(self, num_prompt: int, max_tokens: int, seed: int, greedy: bool) -> None:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0 if greedy else 1, seed=seed)
+        prompt = tuple(1 + (seed + index) % (VOCAB - 1) for index in range(num_prompt))
+        name = f"r{self.num_added}"
+        request = Request(id=name, prompt_token_ids=prompt, params=params, sampling=params.spec(seed))
+        try:
+            self.scheduler.add(request)
+        except ConfigError:
+            assert num_prompt + max_tokens > self.config.num_kv_blocks * self.config.block_tokens
+            return
+        self.live[name] = request
+        self.num_added += 1
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        self.scheduler.abort(name)
+        request = self.live.pop(name)
+        expected = solo_run(request.prompt_token_ids, request.token_limit, request.params)
+        assert request.output_token_ids == expected[: request.num_output_tokens]
+
+    @rule()
+    def step(self) -> None:
+        """The executor checks the plan like a rank: order, known requests, blocks, no request in two steps."""
+        plan = self.scheduler.schedule()
+        assume(plan is not None)
+        assert plan is not None
+        assert len(plan.micro_batches) <= self.config.max_micro_batches
+        assert 0 < plan.num_tokens <= self.config.step_tokens
+        self.executor.submit(plan)
+        self.in_flight.append(plan)
+        assert len(self.in_flight) <= self.config.max_steps_in_flight
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def collect(self) -> None:
+        self.in_flight.pop(0)
+        for request, token in self.scheduler.apply(self.executor.collect(1.0)):
+            assert request.id in self.live, "a token of a request that has ended"
+            if token.token_id == EOS or request.num_tokens == request.token_limit:
+                self.scheduler.finish(request)
+                del self.live[request.id]
+                expected = solo_run(request.prompt_token_ids, request.token_limit, request.params)
+                assert request.output_token_ids == expected
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.integrity()
+        assert self.scheduler.num_running <= self.config.max_requests
+        if not self.in_flight:
+            assert self.scheduler.num_waiting + self.scheduler.num_running == len(self.live)
+
+    def teardown(self) -> None:
+        """Whatever happened before, all that live come to their end in a bounded number of steps."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self.executor.submit(plan)
+                self.in_flight.append(plan)
+            elif self.in_flight:
+                self.collect()
+            else:
+                break
+        assert not self.live
+        assert not self.scheduler.has_requests
+        assert self.scheduler.num_free_blocks == self.config.num_kv_blocks
+        self.scheduler.integrity()
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
