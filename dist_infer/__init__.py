@@ -15,11 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dist_infer import errors as errors
     from dist_infer.config import RunConfig, load_config
     from dist_infer.llm import LLM
     from dist_infer.outputs import CompletionOutput, Failed, Finished, RequestOutput, TokenEvent
     from dist_infer.sampling_params import SamplingParams
-    from dist_infer import errors as errors
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from dist_infer.config import ClusterConfig
 from dist_infer.engine.executor import Executor
@@ -41,7 +41,7 @@ class RankSpec:
     plan: Plan
     config_json: str
     store: StoreLocation
-    verify: str
+    verify: Literal["first", "always", "never"]
     step_timeout_s: float
 
     def setup(self, ranks: tuple[int, ...], threads: int) -> WorkerSetup:

@@ -247,7 +247,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"no run file at {path}: give the path of a YAML file, e.g. configs/quickstart.yaml") from None
+        raise ConfigError(
+            f"no run file at {path}: give the path of a YAML file, e.g. configs/quickstart.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     try:

@@ -7,6 +7,7 @@ import itertools
 import queue
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.engine.stats import EngineStats
+from dist_infer.location import resolve_model
 from dist_infer.messages import StreamReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
@@ -47,9 +49,12 @@ class LLM:
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         with ExitStack() as stack:
+            side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
+            # A GGUF's tokenizer takes seconds to convert: meanwhile the workers start.
+            tokenizer = side.submit(lambda: _load_tokenizer(resolve_model(run.model.path)))
             self.gang = Gang(run, on_progress or _silent)
             stack.callback(self.gang.close)
-            self._tokenizer, self._no_tokenizer = _load_tokenizer(self.gang.model.path)
+            self._tokenizer, self._no_tokenizer = tokenizer.result()
             plan = self.gang.plan
             scheduler = Scheduler(
                 SchedulerConfig(
@@ -152,7 +157,11 @@ class LLM:
             for index, ((text, ids), sampling) in enumerate(zip(prompts, params, strict=True)):
                 request_id = f"request-{next(self._ids)}"
                 self._loop.submit(
-                    request_id, ids, text, sampling, lambda event, index=index: arrived.put((index, event))  # type: ignore[misc]
+                    request_id,
+                    ids,
+                    text,
+                    sampling,
+                    lambda event, index=index: arrived.put((index, event)),  # type: ignore[misc]
                 )
                 open_ids[index] = request_id
             while open_ids:
@@ -243,11 +252,11 @@ def _params_for(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)
     if len(params) != len(prompts):
-        raise ConfigError(f"{len(prompts)} prompts, but {len(params)} sampling_params: give one, or one for each prompt")
+        raise ConfigError(
+            f"{len(prompts)} prompts, but {len(params)} sampling_params: give one, or one for each prompt"
+        )
     return list(params)
 
 
 def _silent(progress: Progress) -> None:
     """Nobody asked."""
-
-

@@ -1,4 +1,4 @@
-"""Facts of this machine for the planner: memory, cores, GPUs, and (on demand) measured rates. No torch unless measured."""
+"""Facts of this machine for the planner: memory, cores, GPUs, and, on demand, measured rates (these need torch)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def nvidia_devices() -> tuple[DeviceFacts, ...]:
 
 
 def _compute_rates(dtype: str, num_cores: int) -> tuple[float, float]:
-    """(FLOP/s of a 256-row product, bytes/s of weights read by a one-row product) with all cores; medians of several."""
+    """(FLOP/s of a 256-row product, bytes/s of weights in a one-row product) with all cores; medians of several."""
     import torch
 
     before = torch.get_num_threads()

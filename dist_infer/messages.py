@@ -1,4 +1,4 @@
-"""What crosses processes: plain frozen data, JSON on the wire, shared by engine and worker (who never import each other).
+"""What crosses processes: plain frozen data, JSON on the wire, shared by engine and worker.
 
 A request is sent to the ranks in full once (`NewRequest`), then only as diffs. Ranks keep, per request, its token ids
 and block table; they decide nothing. `encode`/`decode` are the only wire format: no pickle.
@@ -7,7 +7,6 @@ and block table; they decide nothing. `encode`/`decode` are the only wire format
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -47,7 +46,7 @@ class RequestDiff:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, start + num_tokens) of one request in one micro-batch; `sample`: its last token yields a new one."""
+    """Tokens [start, start + num_tokens) of a request in one micro-batch; `sample`: its last token yields a new one."""
 
     request_id: str
     start: int
@@ -124,9 +123,13 @@ class WorkerReport:
     load_s: float
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}  # building one takes milliseconds
+
+
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def encode(message: Any) -> bytes:

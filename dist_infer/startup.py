@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,9 @@ from dist_infer.backend import Backend, Footprint, RankSpec, make_backend
 from dist_infer.config import RunConfig
 from dist_infer.location import resolve_model
 from dist_infer.messages import WorkerReport
-from dist_infer.worker.setup import StoreLocation
-from partition.check_tensors import check_tensors
-from partition.checkpoint import CheckpointIndex, open_checkpoint
-from partition.errors import CheckpointError, ConfigError
+from dist_infer.worker.setup import StoreLocation, store_key
+from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
+from partition.errors import CheckpointError, ConfigError, StoreError
 from partition.hardware import HardwareFacts
 from partition.model_spec import ModelSpec, text_config
 from partition.plan import Plan, PlanOptions, make_plan
@@ -32,7 +31,7 @@ _FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": 
 _CONFIG_DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Progress:
     """Where a start is: phase "packing", "starting workers" or "loading"; done of total (total 0: unknown)."""
 
@@ -108,41 +107,39 @@ def resolve_device(config: RunConfig, facts: HardwareFacts) -> str:
 
 def store_location(config: RunConfig, model: Model) -> StoreLocation:
     """Where the packed store of this model, dtype and tensor degree is, whether it exists or not."""
-    from offload.format import StoreKey, store_directory
+    from offload.format import store_directory
 
-    key = StoreKey(
+    location = StoreLocation(
+        directory="",
         fingerprint=model.index.fingerprint,
         model_type=model.spec.model_type,
         dtype=model.dtype,
         encoding=config.offload.encoding,
         tensor=config.parallel.tensor,
     )
-    directory = store_directory(Path(config.offload.store), model.path.stem, key)
-    return StoreLocation(
-        directory=str(directory),
-        fingerprint=key.fingerprint,
-        model_type=key.model_type,
-        dtype=key.dtype,
-        encoding=key.encoding,
-        tensor=key.tensor,
-    )
+    directory = store_directory(Path(config.offload.store), model.path.stem, store_key(location))
+    return replace(location, directory=str(directory))
 
 
 def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tuple[StoreLocation, PackReport]:
     """Make the packed store unless it is there. Returns its place and the PackReport (num_written 0: was there)."""
-    import torch
-
-    from dist_infer.model.source import CheckpointSource
-    from dist_infer.worker.stage_runner import DTYPES, store_key
-    from offload.pack import PackProgress, pack_store
+    from offload.format import open_store
+    from offload.pack import PackProgress, PackReport, pack_store
 
     if model.index.kind == "config_only":
         raise CheckpointError(f"{model.path} has a config.json but no weights: it can be planned, not run")
     location = store_location(config, model)
     tp_ranks = tuple(range(config.parallel.tensor))
-    dtype: torch.dtype = DTYPES[model.dtype]
+    units = [unit.name for unit in units_of(model.spec)]
+    with suppress(StoreError):  # the usual case, without the seconds that a source takes to be made
+        manifest = open_store(Path(location.directory), store_key(location), units, tp_ranks)
+        return location, PackReport(num_written=0, num_reused=len(manifest.blobs), bytes_written=0, seconds=0.0)
+
+    from dist_infer.model.adapter import DTYPES
+    from dist_infer.model.source import CheckpointSource
+
     source = CheckpointSource(
-        index=model.index, spec=model.spec, tensor=config.parallel.tensor, tp_ranks=tp_ranks, dtype=dtype
+        index=model.index, spec=model.spec, tensor=len(tp_ranks), tp_ranks=tp_ranks, dtype=DTYPES[model.dtype]
     )
 
     def forward(progress: PackProgress) -> None:
@@ -150,7 +147,6 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
             Progress(phase="packing", done=progress.num_done, total=progress.num_total, detail=progress.message)
         )
 
-    units = [unit.name for unit in units_of(model.spec)]
     report = pack_store(Path(location.directory), store_key(location), units, tp_ranks, source, forward)
     return location, report
 

@@ -48,12 +48,12 @@ class RankActor:
             raise
         return b"" if result is None else encode(result)
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def progress(self) -> tuple[int, int]:
         """(units read, units to read) of `load`."""
         return self._progress
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stream_report(self) -> bytes:
         return encode(self._host.stream_reports()[0])
 

@@ -21,7 +21,7 @@ _FACTS_TIMEOUT_S = 60
 
 
 class RayBackend:
-    """Connects to `cluster.address`, or starts a Ray on this machine's loopback that ends with the run.
+    """Connects to `cluster.address`, or starts a Ray on this machine that ends with the run.
 
     Ray starts with the first call that needs it (`executor`, or `facts` of an existing cluster), so that a plan that
     does not fit has started nothing.
@@ -31,7 +31,7 @@ class RayBackend:
         check_one_root()
         self._config, self._name = config, name
         self._started = False
-        self._node_addresses: tuple[str, ...] = ("127.0.0.1",)
+        self._node_addresses: tuple[str, ...] = ()
 
     def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
         from dist_infer.machine import machine_facts
@@ -74,6 +74,9 @@ class RayBackend:
         if embedded and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
         import ray
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        Config.initialize("")  # an earlier `import ray` has cached the environment from before
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if embedded:
@@ -82,7 +85,6 @@ class RayBackend:
                 "num_cpus": max(world_size, os.cpu_count() or 1),
                 "include_dashboard": False,
                 "object_store_memory": _OBJECT_STORE_BYTES,
-                "_node_ip_address": "127.0.0.1",
             }
         else:
             options["address"] = self._config.address
@@ -92,8 +94,7 @@ class RayBackend:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
             raise ClusterError(f"could not reach or start {where}: {error}") from error
-        if not embedded:
-            self._node_addresses = tuple(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
+        self._node_addresses = tuple(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
 
     def _cluster_facts(self, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
         """Each node measures itself, in a task pinned to it."""

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from dist_infer.llm import LLM
     from dist_infer.outputs import RequestOutput
     from dist_infer.summary import RunSummary
-    from offload.pack import PackProgress
 
 app = typer.Typer(
     help="Distributed inference for models that do not fit.",
@@ -114,21 +113,22 @@ def pack(file: File, overrides: Set = None, as_json: Json = False) -> None:
 
 @app.command()
 def verify(
-    target: Annotated[Path, typer.Argument(help="A run file, or the directory of a packed store.", metavar="FILE|STORE")],
+    target: Annotated[
+        Path, typer.Argument(help="A run file, or the directory of a packed store.", metavar="FILE|STORE")
+    ],
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
     """Re-read a packed store against its checksums. Exit code 3 when a blob is bad."""
+    from dist_infer.startup import Progress
+    from launch.display import StartDisplay
     from offload.pack import verify_store
 
     directory = target if target.is_dir() else _store_of(load_config(target, overrides or []))
     console = Console(stderr=True)
 
-    def show(progress: PackProgress) -> None:
-        if console.is_terminal:
-            console.print(f"\r{progress.num_done}/{progress.num_total}", end="", highlight=False)
-
-    report = verify_store(directory, show)
+    with StartDisplay(console) as display:
+        report = verify_store(directory, lambda done, total: display.show(Progress("verifying", done, total)))
     bad = [asdict(blob) for blob in report.bad]
     if as_json:
         print(json.dumps({"store": str(directory), "num_checked": report.num_checked, "bad": bad}))

@@ -23,6 +23,7 @@ from launch.actors import RankActor
 from partition.errors import ClusterError, WorkerError
 
 _PROGRESS_INTERVAL_S = 0.5
+_PLACE_TIMEOUT_S = 30.0  # placing takes milliseconds when there is room; waiting longer only hides that there is none
 
 
 class RayExecutor:
@@ -99,10 +100,11 @@ class RayExecutor:
             bundles = [{**resources, f"node:{address}": 0.001} for _ in range(plan.tensor)]
             self._groups.append(placement_group(bundles, strategy="STRICT_PACK", name=f"{self._name}-stage-{stage}"))
         for stage, group in enumerate(self._groups):
-            if not group.wait(max(0.1, deadline - time.monotonic())):
+            if not group.wait(max(0.1, min(_PLACE_TIMEOUT_S, deadline - time.monotonic()))):
                 raise ClusterError(
-                    f"Ray could not place stage {stage}: it needs {plan.tensor} bundles of {resources} on node "
-                    f"{self._nodes[plan.ranks[stage * plan.tensor].node]}; free there: {ray.available_resources()}"
+                    f"Ray could not place stage {stage}: it needs {plan.tensor} × {resources} on node "
+                    f"{self._nodes[plan.ranks[stage * plan.tensor].node]}; free in the cluster: "
+                    f"{ray.available_resources()}. Free or add resources, or lower parallel.tensor or .pipeline"
                 )
 
     def _create(self) -> None:
@@ -115,9 +117,7 @@ class RayExecutor:
             setup = self._spec.setup((rank.rank,), rank.threads)
             self._actors.append(RankActor.options(**options).remote(encode(setup)))  # type: ignore[attr-defined]
 
-    def _all(
-        self, what: str, refs: list[Any], deadline: float, waiting: Callable[[], None] | None = None
-    ) -> list[Any]:
+    def _all(self, what: str, refs: list[Any], deadline: float, waiting: Callable[[], None] | None = None) -> list[Any]:
         """The answers of all ranks in their order; the first error or death among them ends the wait."""
         pending, rank_of = list(refs), {ref: rank for rank, ref in enumerate(refs)}
         while pending:

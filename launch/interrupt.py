@@ -17,7 +17,7 @@ EXIT_CODE = 130
 
 @contextlib.contextmanager
 def end_on_interrupt() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises KeyboardInterrupt in the main thread, so that every owner releases what it has.
+    """The first SIGINT or SIGTERM raises KeyboardInterrupt in the main thread, so that owners release what they have.
 
     A watchdog ends the process tree if that is not done after GRACE_S; a second signal does so at once.
     """

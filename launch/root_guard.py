@@ -18,6 +18,6 @@ def check_one_root() -> None:
         origin = Path(found.origin).resolve() if found is not None and found.origin is not None else None
         if origin is None or origin.parent.parent != root:
             raise ConfigError(
-                f"the package {name!r} is found at {origin}, not beside dist-infer in {root}: another project's package "
-                "of that name comes first on the import path (current directory, PYTHONPATH); remove or rename it"
+                f"the package {name!r} is found at {origin}, not beside dist-infer in {root}: another project's "
+                "package of that name comes first on the import path (current directory, PYTHONPATH); rename it"
             )

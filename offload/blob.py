@@ -13,12 +13,13 @@ import torch
 from offload.digest import Digest
 from offload.dtypes import name_of
 from offload.format import TMP_SUFFIX, BlobEntry, TensorLayout, blob_file
+from offload.slots import page_buffer
 from partition.errors import StoreError
 from partition.layout import blob_layout
 from partition.sizes import format_size
 
 PIECE_BYTES = 16 * 2**20
-"""Bytes copied at once from a tensor that is not contiguous: what packing needs beside the unit itself."""
+"""Bytes gathered at once from a tensor that is not contiguous: what packing needs beside the unit itself."""
 
 FLUSH_BYTES = 64 * 2**20
 """Bytes written before they are forced to disk and dropped: dirty pages count against a memory cgroup."""
@@ -137,36 +138,41 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def tensor_pieces(tensor: torch.Tensor, max_bytes: int) -> Iterator[memoryview]:
-    """The bytes of a CPU tensor in row-major order, in pieces of at most `max_bytes` (or one element).
+def tensor_pieces(tensor: torch.Tensor, staging: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a CPU tensor in row-major order, in pieces no longer than `staging` (uint8, at least an element).
 
-    A contiguous tensor is not copied; of another one a piece at a time is.
+    A contiguous tensor is not copied; others go through `staging`, so a piece is valid until the next one is asked for.
     """
     tensor = tensor.detach()
     num_bytes = tensor.numel() * tensor.itemsize
+    max_bytes = staging.numel() // tensor.itemsize * tensor.itemsize
     if num_bytes == 0:
         return
     if tensor.is_contiguous():
-        flat = tensor.reshape(-1).view(torch.uint8).numpy().data
+        # as_strided: a dimension of size 1 may carry any stride, over which reshape keeps and view stumbles
+        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
         for start in range(0, num_bytes, max_bytes):
             yield flat[start : start + max_bytes]
     elif num_bytes <= max_bytes:
-        yield from tensor_pieces(tensor.contiguous(), max_bytes)
+        # not .contiguous(): pieces from the heap fragment it, and memory grows with every unit
+        copied = staging[:num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        yield from tensor_pieces(copied, staging)
     elif tensor.shape[0] == 1:
-        yield from tensor_pieces(tensor[0], max_bytes)
+        yield from tensor_pieces(tensor[0], staging)
     else:
         rows = max(1, max_bytes // (num_bytes // tensor.shape[0]))
         for start in range(0, tensor.shape[0], rows):
-            yield from tensor_pieces(tensor[start : start + rows], max_bytes)
+            yield from tensor_pieces(tensor[start : start + rows], staging)
 
 
 def _pieces_of_blob(
     layouts: tuple[TensorLayout, ...], length: int, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[memoryview]:
     position = 0
+    staging = page_buffer(PIECE_BYTES).tensor  # not touched, so not there, while all tensors are contiguous
     for layout in layouts:
         yield from _padding(layout.offset - position)
-        yield from tensor_pieces(tensors[layout.name], PIECE_BYTES)
+        yield from tensor_pieces(tensors[layout.name], staging)
         position = layout.offset + layout.num_bytes
     yield from _padding(length - position)
 

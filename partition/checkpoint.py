@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from partition.checkpoint_index import CheckpointIndex, FileFact, TensorEntry
 from partition.errors import CheckpointError
 from partition.gguf_config import config_of
 from partition.gguf_header import read_gguf_header
 from partition.safetensors_header import parse_json_object, read_safetensors_header
-from partition.tensor_entry import TensorEntry
+from partition.tensor_check import check_tensors
 
-__all__ = ["CheckpointIndex", "FileFact", "TensorEntry", "open_checkpoint"]
+__all__ = ["CheckpointIndex", "FileFact", "TensorEntry", "check_tensors", "open_checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,36 +24,6 @@ _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 100_000_000
 _NUM_SAMPLES = 8
 _SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileFact:
-    """One weight file as it was found; `name` is relative to the checkpoint's directory."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointIndex:
-    """A checkpoint's content. `path` is what was opened; files lie in it, or beside it when it is a file.
-
-    `fingerprint` changes when the config, a header, a file's size or mtime, or sampled weight bytes change; a single
-    changed byte under a restored mtime may go unseen. kind "config_only" can be planned, not launched.
-    """
-
-    path: Path
-    kind: Literal["safetensors", "gguf", "config_only"]
-    files: tuple[FileFact, ...]
-    tensors: dict[str, TensorEntry]
-    config: dict[str, Any]
-    fingerprint: str
-
-    @property
-    def directory(self) -> Path:
-        """Where `files` lie."""
-        return self.path if self.path.is_dir() else self.path.parent
 
 
 def open_checkpoint(path: Path) -> CheckpointIndex:

@@ -99,16 +99,13 @@ def predict(
     costs = stage_costs(spec, ranks, hardware, dtype=dtype, tokens=tokens, batch=tokens)
     latency = sum(cost.total for cost in costs)
     worst = max(costs, key=lambda cost: cost.total)
-    # in a full pipeline a step ends every `interval`: the slowest stage, or the disk that several stages share
-    disks = {cost.node: sum(c.seconds["disk"] for c in costs if c.node == cost.node) for cost in costs}
-    shared_disk = max(disks.values())
-    interval = max(latency / steps_in_flight, worst.total, shared_disk)
-    bound_by = "disk" if interval == shared_disk else worst.bound_by
+    # with as many steps in flight as stages, one ends each time the slowest stage is through
+    interval = max(latency / steps_in_flight, worst.total)
     assumed = {figure for rank in ranks for figure in hardware.nodes[rank.node].assumed}
     return Prediction(
-        seconds_per_pass=max(latency, interval),
+        seconds_per_pass=latency,
         decode_tokens_per_s=batch / steps_in_flight / interval,
-        bound_by=bound_by,
+        bound_by=worst.bound_by,
         crossing_tokens=max(cost.crossing_tokens for cost in costs),
         tokens_per_pass=tokens,
         assumed=tuple(sorted(assumed)),

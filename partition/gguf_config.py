@@ -53,8 +53,8 @@ def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:
         raise UnsupportedModelError(f"{file} is one part of a split GGUF: merge the parts into one file")
     if any("rope_f" in name for name in names):
         raise UnsupportedModelError(
-            f"{file} carries rotary factors as a tensor (rope_freqs or rope_factors), which the model class cannot take: "
-            f"use the safetensors checkpoint of this model"
+            f"{file} carries rotary factors as a tensor (rope_freqs or rope_factors), which the model class cannot "
+            f"take: use the safetensors checkpoint of this model"
         )
     model_type = _MODEL_TYPES[arch]
     config: dict[str, Any] = {}
@@ -71,6 +71,14 @@ def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:
         model_type, config["num_local_experts"] = "mixtral", config.pop("num_experts")
     if "head_dim" not in config and arch == "llama" and isinstance(metadata.get("llama.rope.dimension_count"), int):
         config["head_dim"] = metadata["llama.rope.dimension_count"]
+    if heads := config.get("num_attention_heads"):
+        # what GGUF leaves out is derived from the heads, where the model class may have a number of its own
+        config.setdefault("num_key_value_heads", heads)
+        config.setdefault("head_dim", config.get("hidden_size", 0) // heads)
+        if _LAYERS_WITH_WIDE_QUERY_SCALE.get(arch, 0) == config.get("num_hidden_layers"):
+            config["query_pre_attn_scalar"] = config.get("hidden_size", 0) // heads
+    if "attention_bias" in family_of(model_type)["flags"]:
+        config["attention_bias"] = "blk.0.attn_q.bias" in names
     embedding = names.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file} has no matrix token_embd.weight")
@@ -81,11 +89,14 @@ def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:
         for key, name in _TOKEN_KEYS.items()
         if isinstance(metadata.get(f"tokenizer.ggml.{key}"), int)
     }
-    if config.get("num_hidden_layers") == _LAYERS_WITH_WIDE_QUERY_SCALE.get(arch):
-        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
     scaling = metadata.get(f"{arch}.rope.scaling.type")
     if scaling not in (None, "none"):
         if scaling != "linear" or not isinstance(metadata.get(f"{arch}.rope.scaling.factor"), (int, float)):
             raise UnsupportedModelError(f"{file}: rope scaling {str(scaling)[:50]!r} of a GGUF is not supported")
         config["rope_scaling"] = {"rope_type": "linear", "factor": metadata[f"{arch}.rope.scaling.factor"]}
     return {"architectures": [family_of(model_type)["architecture"]], "model_type": model_type, **config}
+
+
+def gguf_architecture(model_type: str) -> str:
+    """The `general.architecture` that files of this model type have."""
+    return {"mixtral": "llama", **{kind: arch for arch, kind in _MODEL_TYPES.items()}}[model_type]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from partition.checkpoint_index import FileHeader, TensorEntry
 from partition.errors import CheckpointError, UnsupportedModelError
-from partition.tensor_entry import FileHeader, TensorEntry
 
 MAX_HEADER_BYTES = 256 << 20
 _CHUNK_BYTES = 4 << 20

@@ -48,9 +48,7 @@ class ModelSpec:
         keys = _Keys(text, family["defaults"], model_type)
         num_layers, num_heads = keys.count("num_hidden_layers"), keys.count("num_attention_heads")
         hidden, vocab = keys.count("hidden_size"), keys.count("vocab_size")
-        latent = "kv_lora_rank" in text
-        if family["layer_rule"] == "first_k_dense" and not latent:
-            raise ConfigError(f"config.json of a {model_type} model has no 'kv_lora_rank'")
+        latent = family["layer_rule"] == "first_k_dense"  # those families compress KV; heads are expanded from a latent
         num_kv_heads = num_heads if latent else keys.count("num_key_value_heads", absent=num_heads)
         if num_heads % num_kv_heads:
             raise ConfigError(

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from partition.checkpoint_index import FileHeader, TensorEntry
 from partition.errors import CheckpointError
-from partition.tensor_entry import FileHeader, TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPE_BYTES = {
@@ -33,7 +33,7 @@ DTYPE_BYTES = {
 
 
 def read_safetensors_header(path: Path) -> FileHeader:
-    """All tensors of the file. Reads the header alone; raises CheckpointError for anything that is not exactly right."""
+    """All tensors of the file, from its header alone. Raises CheckpointError for anything not exactly right."""
     try:
         with path.open("rb") as file:
             file_size = path.stat().st_size
@@ -45,7 +45,7 @@ def read_safetensors_header(path: Path) -> FileHeader:
                 raise CheckpointError(f"{path}: the header claims {length} bytes, more than {MAX_HEADER_BYTES} allowed")
             if 8 + length > file_size:
                 raise CheckpointError(
-                    f"{path} is truncated: its header needs {8 + length} bytes, the file has {file_size}: fetch it again"
+                    f"{path} is truncated: its header needs {8 + length} bytes, the file has {file_size}"
                 )
             text = file.read(length)
     except OSError as error:
@@ -90,7 +90,8 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     need = math.prod(shape) * DTYPE_BYTES[dtype]
     if need != offsets[1] - offsets[0]:
         raise CheckpointError(
-            f"{where}: shape {str(shape)[:100]} of {dtype} is {need} bytes, its data_offsets hold {offsets[1] - offsets[0]}"
+            f"{where}: shape {str(shape)[:100]} of {dtype} is {need} bytes, its data_offsets hold "
+            f"{offsets[1] - offsets[0]}"
         )
     return TensorEntry(
         name=name,

@@ -184,13 +184,18 @@ def _spread(size: int, parts: int) -> list[Interval]:
 
 
 def _even(axis: str, size: int, tensor: int) -> tuple[Interval, ...]:
-    """As even as possible at multiples of 32, or of a smaller power of two where 32 would make the parts too uneven."""
+    """As even as possible at multiples of 32, or of 16 or 8 where 32 would make the parts too uneven.
+
+    Not below 8 while every rank can have 8: grouped matrix products want rows of whole 16 bytes.
+    """
     if size < tensor:
         raise ConfigError(
             f"parallel.tensor is {tensor}, but the model's {axis} axis has only {size} positions to share"
         )
     # 8 units a rank keep the largest part within an eighth of the mean
-    unit = next(u for u in (32, 16, 8, 4, 2, 1) if size >= 8 * u * tensor or size % (u * tensor) == 0 or u == 1)
+    unit = next((u for u in (32, 16) if size >= 8 * u * tensor or size % (u * tensor) == 0), 8)
+    while size < unit * tensor:
+        unit //= 2
     return tuple((start * unit, min(end * unit, size)) for start, end in _spread(-(-size // unit), tensor))
 
 

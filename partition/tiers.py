@@ -42,7 +42,8 @@ def choose_tiers(
     budgets: one number shared by all ranks, or one for each rank (bytes).
     pinned_first: units considered before the others (embedding and head: the largest, and slots are sized by the
     largest streamed unit, so pinning one may shrink every slot).
-    num_slots: the ring's length; min_slots: how short it may become when the longer ring does not fit at all.
+    num_slots: the ring's length (a ring with more slots than streamed units never wins: keeping them takes less);
+    min_slots: how short it may become when the longer ring does not fit at all.
     """
     count, ranks = len(sizes), len(sizes[0]) if sizes else 0
     floor = tuple(least_slot_bytes or (0,) * ranks)
@@ -71,7 +72,7 @@ def choose_tiers(
 def minimum_bytes(sizes: UnitSizes, *, slots: int = MIN_SLOTS) -> tuple[int, ...]:
     """Per rank, bytes that always suffice: the whole, or a ring of `slots` of the largest unit, whichever is less."""
     ranks = range(len(sizes[0]) if sizes else 0)
-    ring = [min(slots, len(sizes) + 1) * max(unit[rank] for unit in sizes) for rank in ranks]
+    ring = [slots * max(unit[rank] for unit in sizes) for rank in ranks]
     whole = [sum(unit[rank] for unit in sizes) for rank in ranks]
     return tuple(whole) if sum(whole) <= sum(ring) else tuple(ring)
 
@@ -91,7 +92,7 @@ def _subsets(pinned_first: Sequence[int]) -> list[set[int]]:
 
 def _use(sizes: UnitSizes, resident: tuple[bool, ...], slots: int, floor: tuple[int, ...]) -> TierChoice:
     streamed = [unit for unit, stays in zip(sizes, resident, strict=True) if not stays]
-    slots = min(slots, len(streamed) + 1) if streamed else 0
+    slots = slots if streamed else 0
     slot_bytes = [max(least, *(unit[rank] for unit in streamed)) if streamed else 0 for rank, least in enumerate(floor)]
     kept = [sum(unit[rank] for unit, stays in zip(sizes, resident, strict=True) if stays) for rank in range(len(floor))]
     return TierChoice(

@@ -44,7 +44,7 @@ class Detokenizer:
         if num_held <= _MAX_HELD_TOKENS:
             return self._give(text, len(text.rstrip(REPLACEMENT)))
         piece = self._give(text, len(text) - 1)  # bytes that are no text: only the last sign can still change
-        if num_held % _MAX_HELD_TOKENS == 0:
+        if num_held % _MAX_HELD_TOKENS == 1:
             self._shrink(text, len(window) - _CONTEXT_TOKENS)
         return piece
 

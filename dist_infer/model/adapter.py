@@ -32,6 +32,7 @@ from partition.sharding import collectives_of, cut_axes, units_of
 
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STUB_ATTRIBUTES = ("attention_type", "layer_type", "layer_idx", "is_sliding", "block_type", "self_attn_layer_type")
 
 
@@ -70,7 +71,9 @@ def transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
     text = config.get("text_config", config)
     model_type = text.get("model_type", config.get("model_type"))
     if model_type not in CONFIG_MAPPING or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"model_type {model_type!r}: the installed transformers has no causal LM of that name")
+        raise UnsupportedModelError(
+            f"model_type {model_type!r}: the installed transformers has no causal LM of that name"
+        )
     try:
         result = CONFIG_MAPPING[model_type].from_dict({**text, "tie_word_embeddings": False})
     except Exception as error:  # the library's strict dataclasses raise many kinds
@@ -153,16 +156,13 @@ class StageModel:
         if self._bound.get(unit) is tensors:
             return
         for module, parameter, name in self._slots[unit]:
-            module._parameters[parameter] = tensors[name]
+            module._parameters[parameter] = tensors[name]  # type: ignore[assignment]
         self._bound[unit] = tensors
 
-    def begin(
-        self, token_ids: torch.Tensor, position_ids: torch.Tensor, hidden: torch.Tensor | None
-    ) -> LayerCalls:
+    def begin(self, token_ids: torch.Tensor, position_ids: torch.Tensor, hidden: torch.Tensor | None) -> LayerCalls:
         """Everything before the first owned layer. token_ids, position_ids: [1, T]; hidden [1, T, H] unless first."""
-        with self._tape.recording(hidden):
-            with suppress(_EndOfStage):
-                self._model(input_ids=token_ids, position_ids=position_ids, use_cache=False)
+        with self._tape.recording(hidden), suppress(_EndOfStage):
+            self._model(input_ids=token_ids, position_ids=position_ids, use_cache=False)
         entry = self._tape.entry if hidden is None else hidden
         if entry is None:
             raise RuntimeError("the model's forward never reached the first layer of this stage")
@@ -204,12 +204,10 @@ class StageModel:
         parent, _, attribute = name.rpartition(".")
         embedding.padding_idx = None  # only matters for gradients, and must lie inside the local rows otherwise
         rows = cut_axes(spec, self._group.size).intervals["vocab"][tp_rank]
-        setattr(
-            self._model.get_submodule(parent), attribute, _Embedding(embedding, rows, self._group, self._tape)
-        )
+        setattr(self._model.get_submodule(parent), attribute, _Embedding(embedding, rows, self._group, self._tape))
 
 
-class _EndOfStage(Exception):  # noqa: N818 - a jump, not an error
+class _EndOfStage(Exception):
     """Leaves the model's forward once the last owned layer's arguments are known."""
 
 

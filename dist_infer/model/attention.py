@@ -3,7 +3,7 @@
 Not here: block allocation (engine), the weights (streamer). The batch of the moment is published through `use_batch`,
 a thread-local context, because not every model class passes keyword arguments down to its attention.
 
-Shapes: T tokens of the packed row, Hq/Hk local query/KV heads, D head dim, C context length, N new tokens of a sequence.
+Shapes: T tokens of the packed row, Hq/Hk local query/KV heads, D head dim, C context length, N new tokens of one.
 """
 
 from __future__ import annotations

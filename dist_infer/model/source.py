@@ -18,6 +18,7 @@ import torch
 from dist_infer.model.adapter import check_parameters, meta_model
 from partition.checkpoint import CheckpointIndex, TensorEntry
 from partition.errors import CheckpointError
+from partition.gguf_config import gguf_architecture
 from partition.model_spec import ModelSpec
 from partition.sharding import AxisCut, ParameterSpec, cut_axes, shard_intervals, units_of
 
@@ -37,12 +38,11 @@ class CheckpointSource:
     def __init__(
         self, *, index: CheckpointIndex, spec: ModelSpec, tensor: int, tp_ranks: Sequence[int], dtype: torch.dtype
     ) -> None:
-        self._index, self._spec, self._tp_ranks, self._dtype = index, spec, tuple(tp_ranks), dtype
+        self._index, self._tp_ranks = index, tuple(tp_ranks)
         self._cut = cut_axes(spec, tensor)
         self._units = {unit.name: unit for unit in units_of(spec)}
         self._model = meta_model(index.config, dtype)
         check_parameters(spec, self._model)
-        self._meta = {name: parameter for name, parameter in self._model.state_dict().items()}
         reader = _GgufReader if index.kind == "gguf" else _SafetensorsReader
         self._reader: _GgufReader | _SafetensorsReader = reader(index, self._model, dtype)
         self._reader.require({p.name for u in self._units.values() for p in u.parameters}, spec)
@@ -182,24 +182,33 @@ class _GgufReader:
     """Model parameters from GGUF blocks, dequantised to floats tensor by tensor."""
 
     def __init__(self, index: CheckpointIndex, model: Any, dtype: torch.dtype) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self._index, self._dtype, self._files = index, dtype, _Files(index)
-        architecture = str(index.config.get("gguf_architecture", index.config["model_type"]))
+        architecture = gguf_architecture(str(index.config["model_type"]))
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-        names = get_gguf_hf_weights_map(model, self._processor)
-        self._sources = {target: source for source, target in names.items() if source in index.tensors}
+        kind = next((kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+        if kind is None:
+            raise CheckpointError(f"{index.path}: the gguf package knows no architecture {architecture!r}")
+        # Not transformers' own map: it builds the package's table anew for each of the model's modules (5 s here).
+        names = get_tensor_name_map(kind, model.config.num_hidden_layers)
+        self._sources = {}
+        for parameter in model.state_dict():
+            stem, _, suffix = parameter.rpartition(".")
+            source = f"{names.get_name(stem)}.{suffix}"
+            if source in index.tensors:
+                self._sources[parameter] = source
         if "lm_head.weight" not in self._sources and "token_embd.weight" in index.tensors:
             self._sources["lm_head.weight"] = "token_embd.weight"
 
     def require(self, names: set[str], spec: ModelSpec) -> None:
         missing = sorted(names - self._sources.keys())
         if missing:
-            raise CheckpointError(f"{self._index.path} lacks tensor {missing[0]} (and {len(missing) - 1} more)")
+            raise CheckpointError(
+                f"{self._index.path} lacks a tensor for {missing[0]} (and {len(missing) - 1} more), or stores it in a "
+                "form that is not read yet (packed experts of a GGUF, for one)"
+            )
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._dequantised(self._index.tensors[self._sources[name]]) for name in names}

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from partition.errors import ClusterError
 
@@ -88,16 +89,16 @@ class StageLink:
             self._sending = None
 
 
-def bind_rendezvous(host: str, world_size: int, timeout_s: float) -> tuple[dist.TCPStore, int]:
+def bind_rendezvous(host: str, world_size: int, timeout_s: float) -> tuple[TCPStore, int]:
     """Rank 0 binds a free port on `host` and publishes it; the returned store must stay alive."""
-    store = dist.TCPStore(
+    store = TCPStore(
         host, 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
     return store, store.port
 
 
-def join_rendezvous(host: str, port: int, world_size: int, timeout_s: float) -> dist.TCPStore:
-    return dist.TCPStore(
+def join_rendezvous(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+    return TCPStore(
         host,
         port,
         world_size,
@@ -108,11 +109,11 @@ def join_rendezvous(host: str, port: int, world_size: int, timeout_s: float) -> 
 
 
 def connect(
-    *, store: dist.TCPStore, own_host: str, rank: int, tensor: int, stages: int, device: str, timeout_s: float
+    *, store: TCPStore, own_host: str, rank: int, tensor: int, stages: int, device: str, timeout_s: float
 ) -> tuple[NoGroup | TensorGroup, StageLink | None]:
     """Join the world of tensor × stages ranks (rank = stage × tensor + tp_rank). All ranks call it together.
 
-    own_host: this node's address, by which the others reach it. Raises ClusterError when the others do not come within the timeout.
+    own_host: this node's address, by which the others reach it. Raises ClusterError when others do not come in time.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own_host))
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -131,7 +132,7 @@ def connect(
         if stages > 1:
             previous = rank - tensor if stage > 0 else None
             following = rank + tensor if stage < stages - 1 else None
-            link = StageLink(dist.group.WORLD, previous, following)
+            link = StageLink(dist.distributed_c10d._get_default_group(), previous, following)
     except (RuntimeError, dist.DistError) as error:
         raise ClusterError(f"rank {rank} could not join the {world} ranks: {error}") from error
     return group, link

@@ -125,8 +125,7 @@ class SpawnedExecutor:
     def collect(self, timeout_s: float) -> StepResult:
         answers = self._answers(time.monotonic() + timeout_s)
         self._in_flight.popleft()
-        result = decode(StepResult, next(body for _, body in answers if body))
-        return result
+        return decode(StepResult, next(body for _, body in answers if body))
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
         for child in self._children:
@@ -191,7 +190,11 @@ class SpawnedExecutor:
 def _spawn(tp_rank: int, threads: int) -> _Child:
     """A fresh interpreter on this one's import path; no fork (threads), no re-import of the user's main module."""
     ours, theirs = socket.socketpair()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "dist_infer.worker.child", str(theirs.fileno())],

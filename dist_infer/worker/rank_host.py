@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import psutil
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from dist_infer.messages import SampledToken, StepPlan, StepResult, StreamReport, WorkerReport
 from dist_infer.worker import collectives
@@ -31,7 +32,7 @@ class RankHost:
         self._hosts_all_stages = len(setup.ranks) == self._plan.pipeline
         self._group: collectives.NoGroup | collectives.TensorGroup = collectives.NoGroup()
         self._link: collectives.StageLink | None = None
-        self._store: object = None
+        self._store: TCPStore | None = None
         self._stages: list[StageRunner] = []
 
     def bind(self, host: str) -> int:
@@ -44,12 +45,10 @@ class RankHost:
         """Join the others at rank 0's host and port. Raises ClusterError at the timeout."""
         first = self._plan.ranks[self._setup.ranks[0]]
         rank = first.tp_rank if self._hosts_all_stages else first.rank
-        store = self._store or collectives.join_rendezvous(
-            host, port, self._world_size, self._setup.step_timeout_s
-        )
+        store = self._store or collectives.join_rendezvous(host, port, self._world_size, self._setup.step_timeout_s)
         self._store = store
         self._group, self._link = collectives.connect(
-            store=store,  # type: ignore[arg-type]
+            store=store,
             own_host=own_host,
             rank=rank,
             tensor=self._plan.tensor,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # it imports torch, which making a plan does not need
+    from offload.format import StoreKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,19 @@ class WorkerSetup:
     ranks: tuple[int, ...]
     store: StoreLocation
     device: str
-    verify: str
+    verify: Literal["first", "always", "never"]
     threads: int
     step_timeout_s: float
+
+
+def store_key(location: StoreLocation) -> StoreKey:
+    """The key as offload knows it."""
+    from offload.format import StoreKey
+
+    return StoreKey(
+        fingerprint=location.fingerprint,
+        model_type=location.model_type,
+        dtype=location.dtype,
+        encoding=location.encoding,
+        tensor=location.tensor,
+    )

@@ -14,19 +14,17 @@ from pathlib import Path
 import torch
 
 from dist_infer.messages import SampledToken, StepPlan, StreamReport, WorkerReport
-from dist_infer.model.adapter import LayerCalls, StageModel, TensorParallel
+from dist_infer.model.adapter import DTYPES, LayerCalls, StageModel, TensorParallel
 from dist_infer.model.attention import KVCache, use_batch
 from dist_infer.worker.request_table import RequestTable
 from dist_infer.worker.sampler import sample
-from dist_infer.worker.setup import StoreLocation, WorkerSetup
-from offload.format import StoreKey, open_store
+from dist_infer.worker.setup import WorkerSetup, store_key
+from offload.format import open_store
 from offload.readers.threads import ThreadReader
 from offload.streamer import Streamer
 from partition.errors import UnsupportedModelError
 from partition.plan import Plan
 from partition.sharding import cut_axes, local_heads
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StageRunner:
@@ -100,7 +98,7 @@ class StageRunner:
         calls: list[LayerCalls] = []
         tokens: list[SampledToken] = []
         if hidden is not None:
-            for batch, part in zip(batches, hidden.split(sizes, dim=1), strict=True):
+            for batch, part in zip(batches, torch.split(hidden, sizes, dim=1), strict=True):
                 calls.append(self.model.begin(batch.token_ids, batch.position_ids, part))
         layer = self.rank_plan.first_layer
         for index, unit in enumerate(self._units):
@@ -169,15 +167,7 @@ class StageRunner:
             return
         missing = self._cache.untouched()
         if missing:
-            raise UnsupportedModelError(f"layers {missing} do not use the attention interface; the family cannot be run")
+            raise UnsupportedModelError(
+                f"layers {missing} do not use the attention interface; the family cannot be run"
+            )
         self._checked_layers = True
-
-
-def store_key(location: StoreLocation) -> StoreKey:
-    return StoreKey(
-        fingerprint=location.fingerprint,
-        model_type=location.model_type,
-        dtype=location.dtype,
-        encoding=location.encoding,
-        tensor=location.tensor,
-    )

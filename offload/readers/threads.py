@@ -68,6 +68,7 @@ class _Range:
         self._begun = False
         self._blocks_left = num_blocks
         self._error: Exception | None = None
+        self._error_at = 0
 
     def begin(self) -> bool:
         """Called with every block, runs what must happen before the first; False when there is nothing to read."""
@@ -83,10 +84,14 @@ class _Range:
                         self._error = error
             return self._error is None
 
-    def block_done(self, error: Exception | None) -> None:
-        """Count a block; the last one completes the future, so nothing writes to `into` after that."""
+    def block_done(self, start: int, error: Exception | None) -> None:
+        """Count a block; the last one completes the future, so nothing writes to `into` after that.
+
+        Of several errors the one of the first block counts: a file cut off fails there, and in all blocks behind.
+        """
         with self._lock:
-            self._error = self._error or error
+            if error is not None and (self._error is None or start < self._error_at):
+                self._error, self._error_at = error, start
             self._blocks_left -= 1
             if self._blocks_left or self.future.cancelled():
                 return
@@ -163,7 +168,7 @@ class ThreadReader:
             while True:
                 block = self._blocks.get_nowait()
                 if block is not None:
-                    self._skip(block[0])
+                    self._skip(block[0], block[2])
         for _ in self._threads:
             self._blocks.put(None)
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
@@ -180,10 +185,10 @@ class ThreadReader:
             opened = self._files[path] = _OpenFile(path)
         return opened
 
-    def _skip(self, wanted: _Range) -> None:
+    def _skip(self, wanted: _Range, start: int) -> None:
         wanted.future.cancel()
         wanted.begin()
-        wanted.block_done(StoreError(f"reading {wanted.file.path} was cancelled: the reader was closed"))
+        wanted.block_done(start, StoreError(f"reading {wanted.file.path} was cancelled: the reader was closed"))
 
     def _work(self) -> None:
         while (block := self._blocks.get()) is not None:
@@ -194,7 +199,7 @@ class ThreadReader:
                     self._read(wanted, opened, start, end)
             except Exception as failure:
                 error = failure
-            wanted.block_done(error)
+            wanted.block_done(start, error)
             del block, wanted, opened  # an idle thread keeps no buffer alive
 
     def _read(self, wanted: _Range, opened: _OpenFile, start: int, end: int) -> None:

@@ -17,7 +17,9 @@ def bytes_decode(ids: Sequence[int]) -> str:
 
 
 def fallback_decode(ids: Sequence[int]) -> str:
-    """As sentencepiece decoders do: bytes in a row are one text or as many U+FFFD, and the first blank is stripped."""
+    """As sentencepiece decoders do: bytes in a row are one text or as many U+FFFD, a special token is nothing, and the
+    first blank is stripped.
+    """
     text, run = "", b""
     for token in [*ids, 1000]:
         if token < 256:
@@ -28,7 +30,7 @@ def fallback_decode(ids: Sequence[int]) -> str:
         except UnicodeDecodeError:
             text += REPLACEMENT * len(run)
         run = b""
-        text += {1000: "", 1001: " world", 1002: "x", 1003: " "}[token]
+        text += {1000: "", 1001: " world", 1002: "x", 1003: " ", 1004: ""}[token]
     return text.removeprefix(" ")
 
 
@@ -58,7 +60,7 @@ def test_bytes_that_are_no_text_are_kept_too(answer: bytes, sizes: list[int]) ->
     assert "".join(pieces) + detokenizer.flush() == bytes_decode(list(answer))
 
 
-@given(st.text(alphabet="a é你好😀"), st.lists(st.sampled_from([1001, 1002, 1003]), max_size=3))
+@given(st.text(alphabet="a é你好😀"), st.lists(st.sampled_from([1001, 1002, 1003, 1004]), max_size=3))
 def test_byte_fallback_runs_and_stripped_blanks(answer: str, words: list[int]) -> None:
     """A window that starts inside a run of bytes, or that lets the decoder strip a blank, loses text."""
     ids = [*words, *answer.encode(), *words, *answer.encode()]
@@ -86,7 +88,7 @@ def test_work_for_each_token_is_bounded(token: int) -> None:
 
     detokenizer = Detokenizer(decode, list(b"prompt"))
     text = "".join(detokenizer.push([token]) for _ in range(500))
-    assert longest < 100
+    assert longest <= 40
     assert len(text) > 450
     assert text + detokenizer.flush() == bytes_decode([token] * 500)
 

@@ -150,12 +150,21 @@ def test_waiting_requests_that_find_no_block_do_not_unsplit_the_steps() -> None:
     assert len(names(scheduler.schedule())) <= -(-len(running) // 2)
 
 
+def test_admission_leaves_a_block_for_each_running_request() -> None:
+    """Else the newcomer's prompt is computed, thrown away at the next token of an older one, and computed again."""
+    scheduler = make_scheduler(num_kv_blocks=3)
+    scheduler.add(make_request("a", 4))
+    scheduler.add(make_request("b", 8))
+    assert names(step(scheduler)) == ["a"]
+    assert names(step(scheduler)) == ["a"]
+    assert scheduler.num_preemptions == 0
+
+
 def test_youngest_is_preempted_and_comes_back_in_full() -> None:
     scheduler = make_scheduler(num_kv_blocks=4)
     old, young = make_request("old", 4, max_tokens=9), make_request("young", 4, max_tokens=9)
     scheduler.add(old)
     scheduler.add(young)
-    step(scheduler)  # "old" alone: one block stays spare for it
     for _ in range(20):
         plan = scheduler.schedule()
         assert plan is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from hypothesis import assume, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -15,7 +15,7 @@ from dist_infer.messages import StepPlan
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ConfigError
 
-VOCAB = 40
+VOCAB = 200
 EOS = 0
 HASH = FakeExecutor(num_kv_blocks=1, block_tokens=1, vocab_size=VOCAB).hashed_token
 
@@ -35,11 +35,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     scheduler: Scheduler
 
     @initialize(
-        num_kv_blocks=st.integers(3, 14),
-        block_tokens=st.integers(1, 4),
+        num_kv_blocks=st.integers(3, 10),
+        block_tokens=st.integers(1, 3),
         max_batch_tokens=st.integers(1, 6),
         max_micro_batches=st.integers(1, 3),
-        max_requests=st.integers(1, 6),
+        max_requests=st.integers(2, 8),
         max_steps_in_flight=st.integers(1, 4),
     )
     def build(self, **config: int) -> None:
@@ -55,10 +55,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: list[StepPlan] = []
         self.num_added = 0
 
-    @rule(num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12), seed=st.integers(0, 3), greedy=st.booleans())
+    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 20), seed=st.integers(0, 3), greedy=st.booleans())
     def arrive(self, num_prompt: int, max_tokens: int, seed: int, greedy: bool) -> None:
         params = SamplingParams(max_tokens=max_tokens, temperature=0 if greedy else 1, seed=seed)
-        prompt = tuple(1 + (seed + index) % (VOCAB - 1) for index in range(num_prompt))
+        prompt = tuple(1 + (7 * self.num_added + index) % (VOCAB - 1) for index in range(num_prompt))  # no two alike
         name = f"r{self.num_added}"
         request = Request(id=name, prompt_token_ids=prompt, params=params, sampling=params.spec(seed))
         try:
@@ -82,8 +82,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         """The executor checks the plan like a rank: order, known requests, blocks, no request in two steps."""
         plan = self.scheduler.schedule()
-        assume(plan is not None)
-        assert plan is not None
+        if plan is None:
+            return
         assert len(plan.micro_batches) <= self.config.max_micro_batches
         assert 0 < plan.num_tokens <= self.config.step_tokens
         self.executor.submit(plan)
@@ -101,6 +101,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.live[request.id]
                 expected = solo_run(request.prompt_token_ids, request.token_limit, request.params)
                 assert request.output_token_ids == expected
+
+    @rule(sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(4, 8)), min_size=2, max_size=5))
+    def arrive_together(self, sizes: list[tuple[int, int]]) -> None:
+        """Short prompts, longer answers: all are let in, not all can stay."""
+        for num_prompt, max_tokens in sizes:
+            self.arrive(num_prompt, max_tokens, seed=1, greedy=True)
+
+    @precondition(lambda self: self.live)
+    @rule(num_rounds=st.integers(2, 8))
+    def run_on(self, num_rounds: int) -> None:
+        """Far enough for blocks to run out."""
+        for _ in range(num_rounds):
+            self.step()
+            if self.in_flight:
+                self.collect()
 
     @invariant()
     def nothing_is_lost(self) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from partition.checkpoint import CheckpointIndex
+from partition.checkpoint_index import CheckpointIndex, TensorEntry
 from partition.errors import CheckpointError, UnsupportedModelError
 from partition.model_spec import ModelSpec, text_config
 from partition.sharding import ParameterSpec, units_of
-from partition.tensor_entry import TensorEntry
 
 Expected = tuple[str, tuple[int, ...]]
 
