@@ -198,7 +198,10 @@ def _pools(work: Work, activation: list[list[int]], block: list[list[int]]) -> l
     slots = work.least_slots if work.options.device == "cpu" else NUM_DEVICE_SLOTS
     members = [(number, tp) for number in range(len(work.stages)) for tp in range(work.options.tensor)]
     weights = {(n, tp): sum(unit[tp] for unit in work.stages[n].sizes) for n, tp in members}
-    least = {(n, tp): minimum_bytes(work.stages[n].sizes, slots=slots)[tp] for n, tp in members}
+    least = {
+        (n, tp): minimum_bytes(work.stages[n].sizes, slots=slots, pinned_first=work.stages[n].ends)[tp]
+        for n, tp in members
+    }
     if work.options.device == "cuda":
         groups = [
             (
@@ -257,7 +260,10 @@ def _choose_device(work: Work, stage: Stage, fixed: Sequence[int]) -> TierChoice
         min_slots=NUM_DEVICE_SLOTS,
     )
     if choice is None:
-        need = max(taken + least for taken, least in zip(fixed, minimum_bytes(stage.sizes), strict=True))
+        need = max(
+            taken + least
+            for taken, least in zip(fixed, minimum_bytes(stage.sizes, pinned_first=stage.ends), strict=True)
+        )
         raise _misfit(f"a device of node {work.hardware.nodes[stage.node].name}", need, limit, "offload.device_memory")
     return choice
 
@@ -267,13 +273,18 @@ def _choose_host(work: Work, fixed: list[list[int]], on_device: list[TierChoice]
     chosen: list[TierChoice | None] = [None] * len(work.stages)
     for node, limit in work.limits.items():
         numbers = [n for n, stage in enumerate(work.stages) if stage.node == node]
-        sizes, floors = {}, {}
+        sizes, floors, ends = {}, {}, {}
         for n in numbers:
             stays = on_device[n].resident if on_device else (False,) * len(work.stages[n].names)
             sizes[n] = [unit for unit, there in zip(work.stages[n].sizes, stays, strict=True) if not there]
+            places = [i for i, there in enumerate(stays) if not there]
+            ends[n] = [places.index(i) for i in work.stages[n].ends if i in places]
             floors[n] = on_device[n].slot_bytes if on_device else (0,) * work.options.tensor
         whole = {n: sum(map(sum, sizes[n])) for n in numbers}
-        least = {n: sum(minimum_bytes(sizes[n], slots=work.least_slots)) if sizes[n] else 0 for n in numbers}
+        least = {
+            n: sum(minimum_bytes(sizes[n], slots=work.least_slots, pinned_first=ends[n])) if sizes[n] else 0
+            for n in numbers
+        }
         taken = sum(sum(fixed[n]) for n in numbers)
         free = limit.limit_bytes - taken - sum(least.values())
         name = f"node {work.hardware.nodes[node].name}"

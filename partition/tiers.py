@@ -69,12 +69,17 @@ def choose_tiers(
     return None
 
 
-def minimum_bytes(sizes: UnitSizes, *, slots: int = MIN_SLOTS) -> tuple[int, ...]:
-    """Per rank, bytes that always suffice: the whole, or a ring of `slots` of the largest unit, whichever is less."""
-    ranks = range(len(sizes[0]) if sizes else 0)
-    ring = [slots * max(unit[rank] for unit in sizes) for rank in ranks]
-    whole = [sum(unit[rank] for unit in sizes) for rank in ranks]
-    return tuple(whole) if sum(whole) <= sum(ring) else tuple(ring)
+def minimum_bytes(sizes: UnitSizes, *, slots: int = MIN_SLOTS, pinned_first: Sequence[int] = ()) -> tuple[int, ...]:
+    """Per rank, bytes that always suffice: the whole, or some of `pinned_first` kept and a ring of `slots` for the rest.
+
+    Keeping a large embedding takes less than `slots` buffers of its size.
+    """
+    count = len(sizes)
+    nothing = (0,) * (len(sizes[0]) if sizes else 0)
+    choices = [_use(sizes, (True,) * count, 0, nothing)]
+    for kept in _subsets(pinned_first):
+        choices.append(_use(sizes, tuple(unit in kept for unit in range(count)), slots, nothing))
+    return min((choice.used_bytes for choice in choices), key=sum)
 
 
 def _spread(units: Sequence[int], count: int) -> set[int]:

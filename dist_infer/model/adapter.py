@@ -132,7 +132,7 @@ class StageModel:
         self._model = model
         self._group = group
         self._tape = _Tape(first_layer, end_layer)
-        self._slots = _parameter_slots(spec, model)
+        self._places = _parameter_places(spec, model)
         self._bound: dict[str, Mapping[str, torch.Tensor]] = {}
         _restore_buffers(model, device)
         layers = _find_layers(model, spec.num_layers)
@@ -155,8 +155,8 @@ class StageModel:
         """Point the unit's parameters at these tensors. Binding the same mapping again costs nothing."""
         if self._bound.get(unit) is tensors:
             return
-        for module, parameter, name in self._slots[unit]:
-            module._parameters[parameter] = tensors[name]  # type: ignore[assignment]
+        for place, leaf, name in self._places[unit]:
+            place[leaf] = tensors[name]
         self._bound[unit] = tensors
 
     def begin(self, token_ids: torch.Tensor, position_ids: torch.Tensor, hidden: torch.Tensor | None) -> LayerCalls:
@@ -294,16 +294,20 @@ def _find_layers(model: Any, num_layers: int) -> nn.ModuleList:
     return layers
 
 
-def _parameter_slots(spec: ModelSpec, model: Any) -> dict[str, list[tuple[nn.Module, str, str]]]:
-    """unit -> (module, parameter name in it, full name). Resolved before layers are replaced by stubs."""
-    slots: dict[str, list[tuple[nn.Module, str, str]]] = {}
+def _parameter_places(spec: ModelSpec, model: Any) -> dict[str, list[tuple[dict[str, Any], str, str]]]:
+    """unit -> (where the module looks the tensor up, under which name, full name).
+
+    Resolved before layers are replaced by stubs. A stored buffer (DeepSeek's router bias) is bound like a parameter.
+    """
+    places: dict[str, list[tuple[dict[str, Any], str, str]]] = {}
     for unit in units_of(spec):
         found = []
         for parameter in unit.parameters:
             owner, _, leaf = parameter.name.rpartition(".")
-            found.append((model.get_submodule(owner), leaf, parameter.name))
-        slots[unit.name] = found
-    return slots
+            module = model.get_submodule(owner)
+            found.append((module._parameters if leaf in module._parameters else module._buffers, leaf, parameter.name))
+        places[unit.name] = found
+    return places
 
 
 def _restore_buffers(model: Any, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_infer.model.adapter import check_parameters, meta_model
+from dist_infer.model.adapter import DTYPES, check_parameters, meta_model
 from partition.checkpoint import CheckpointIndex, TensorEntry
 from partition.errors import CheckpointError
 from partition.gguf_config import gguf_architecture
@@ -50,7 +50,10 @@ class CheckpointSource:
     def load_unit(self, unit: str) -> Sequence[Mapping[str, torch.Tensor]]:
         """The unit's parameters for each wanted tp_rank. Raises CheckpointError naming the tensor."""
         parameters = self._units[unit].parameters
-        whole = self._reader.read([p.name for p in parameters])
+        whole = self._reader.read([p.name for p in parameters if p.dtype is None])
+        for parameter in parameters:
+            if parameter.dtype is not None:  # kept more exact than the rest: not by way of the model's dtype
+                whole[parameter.name] = self._reader.stored(parameter.name).to(DTYPES[parameter.dtype])
         for parameter in parameters:
             tensor = whole[parameter.name]
             if tuple(tensor.shape) != parameter.shape:
@@ -146,7 +149,7 @@ class _SafetensorsReader:
         keys = {key for target in wanted for key in self._sources[target]}
         stored = {key: self._stored(self._index.tensors[key]) for key in sorted(keys)}
         # The library puts the result into the model; it is taken out again, and the meta parameters put back.
-        before = {name: _parameter(self._model, name) for name in wanted}
+        before = {name: _place(self._model, name) for name in wanted}
         info, _ = convert_and_load_state_dict_in_model(
             self._model, stored, LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype), None
         )
@@ -155,13 +158,17 @@ class _SafetensorsReader:
             raise CheckpointError(f"{self._index.path}: tensor does not fit the model: {problem}")
         result = {}
         for target, name in wanted.items():
-            module, leaf = before[target][0], before[target][1]
-            tensor = module._parameters[leaf]
+            place, leaf, meta = before[target]
+            tensor = place[leaf]
             if tensor is None or tensor.is_meta:
                 raise CheckpointError(f"{self._index.path}: tensor {target} could not be made from {sorted(keys)[:3]}")
             result[name] = tensor.detach().to(self._dtype)
-            module._parameters[leaf] = before[target][2]
+            place[leaf] = meta
         return result
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A parameter that is stored as it is, in its stored type."""
+        return self._stored(self._index.tensors[self._sources[name][0]])
 
     def _stored(self, entry: TensorEntry) -> torch.Tensor:
         if entry.dtype not in _DTYPES:
@@ -172,10 +179,12 @@ class _SafetensorsReader:
         return torch.frombuffer(self._files.bytes_of(entry), dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def _parameter(model: Any, name: str) -> tuple[Any, str, Any]:
+def _place(model: Any, name: str) -> tuple[dict[str, Any], str, Any]:
+    """Where a module keeps a parameter or stored buffer, under which name, and what is there."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    return module, leaf, module._parameters[leaf]
+    place = module._parameters if leaf in module._parameters else module._buffers
+    return place, leaf, place[leaf]
 
 
 class _GgufReader:
@@ -211,9 +220,13 @@ class _GgufReader:
             )
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: self._dequantised(self._index.tensors[self._sources[name]]) for name in names}
+        return {name: self._dequantised(self._index.tensors[self._sources[name]], self._dtype) for name in names}
 
-    def _dequantised(self, entry: TensorEntry) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
+        """A parameter as float32."""
+        return self._dequantised(self._index.tensors[self._sources[name]], torch.float32)
+
+    def _dequantised(self, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
@@ -221,12 +234,12 @@ class _GgufReader:
         raw = np.frombuffer(self._files.bytes_of(entry), dtype=np.uint8)
         if entry.dtype in _DTYPES:
             stored = torch.from_numpy(raw).view(_DTYPES[entry.dtype]).reshape(entry.shape)
-            return self._processed(entry.name, stored.float().numpy())
+            return self._processed(entry.name, stored.float().numpy()).to(dtype)
         blocks = raw.reshape(quant_shape_to_byte_shape(entry.shape, kind))
         if entry.name not in _PLAIN:
-            return self._processed(entry.name, dequantize(blocks, kind))
+            return self._processed(entry.name, dequantize(blocks, kind)).to(dtype)
         # The largest tensors, which no fix-up touches: in pieces, so that float32 temporaries stay small.
-        result = torch.empty(entry.shape, dtype=self._dtype)
+        result = torch.empty(entry.shape, dtype=dtype)
         step = max(1, _PIECE_ELEMENTS // entry.shape[-1])
         for first in range(0, entry.shape[0], step):
             result[first : first + step] = torch.from_numpy(dequantize(blocks[first : first + step], kind))
@@ -235,4 +248,4 @@ class _GgufReader:
     def _processed(self, name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
         """Undo what llama.cpp's converter did to this tensor (rotary row order, norms stored plus one)."""
         weights = self._processor.process(weights=values, name=name).weights
-        return torch.from_numpy(np.ascontiguousarray(weights)).to(self._dtype)
+        return torch.from_numpy(np.ascontiguousarray(weights))

@@ -115,6 +115,23 @@ def test_only_what_is_missing_damaged_in_size_or_foreign_is_written_again(tmp_pa
     assert not list(store.glob("*.tmp"))
 
 
+def test_while_a_blob_is_missing_there_is_no_manifest(tmp_path, kit):
+    """A manifest left over would vouch for the new bytes with the old checksum."""
+    units = kit.random_units(3)
+    kit.pack(tmp_path, units)
+    (tmp_path / blob_file("layers.1", 0)).unlink()
+
+    class Broken(kit.TensorSource):
+        def load_unit(self, unit):
+            raise StoreError("the source is gone")
+
+    with pytest.raises(StoreError, match="the source is gone"):
+        pack_store(tmp_path, kit.key, list(units), [0], Broken(units), kit.quiet)
+    assert not (tmp_path / MANIFEST_FILE).exists()
+    assert not (tmp_path / entry_file("layers.1", 0)).exists()
+    assert kit.pack(tmp_path, units).num_reused == 2
+
+
 def test_files_of_others_in_the_directory_do_no_harm(tmp_path, kit):
     (tmp_path / "my notes.tp0.json").write_text("{}")
     assert len(kit.packed(tmp_path, kit.random_units(2)).blobs) == 2

@@ -162,3 +162,29 @@ def test_descriptors_and_threads_are_given_back(tmp_path):
         reader.submit(file, 0, BLOCK, aligned_memory(BLOCK)).result(5)
         reader.close()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_a_short_read_goes_on_and_stays_direct(tmp_path, monkeypatch):
+    """The odd rest of a short read is read again from an aligned byte; garbage behind the count is not kept."""
+    file, data = random_file(tmp_path / "f", 4 * BLOCK)
+    whole = os.preadv
+    num_short = 0
+
+    def short(fd, buffers, offset):
+        nonlocal num_short
+        got = whole(fd, buffers, offset)
+        if num_short < 2:
+            num_short += 1
+            buffers[0][5000:] = b"\xee" * (buffers[0].nbytes - 5000)
+            return 5000
+        return got
+
+    reader = ThreadReader(num_threads=1, block_bytes=2 * BLOCK)
+    into = aligned_memory(len(data))
+    reader.submit(file, 0, 4096, aligned_memory(4096)).result(5)
+    direct = reader.direct
+    monkeypatch.setattr(os, "preadv", short)
+    assert reader.submit(file, 0, len(data), into).result(5) == len(data)
+    assert into == data
+    assert reader.direct == direct
+    reader.close()

