@@ -21,7 +21,7 @@ from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
 from partition.errors import CheckpointError, ConfigError, StoreError
 from partition.hardware import HardwareFacts
 from partition.model_spec import ModelSpec, text_config
-from partition.plan import Plan, PlanOptions, make_plan
+from partition.plan import Plan, PlanOptions, make_plan, unit_bytes
 from partition.sharding import cut_axes, units_of
 
 if TYPE_CHECKING:  # offload.pack imports torch, which a plan does not need
@@ -147,7 +147,10 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
             Progress(phase="packing", done=progress.num_done, total=progress.num_total, detail=progress.message)
         )
 
-    report = pack_store(Path(location.directory), store_key(location), units, tp_ranks, source, forward)
+    cut = cut_axes(model.spec, len(tp_ranks))
+    planned = {(u.name, r): unit_bytes(u, cut, r, model.dtype) for u in units_of(model.spec) for r in tp_ranks}
+    directory = Path(location.directory)
+    report = pack_store(directory, store_key(location), units, tp_ranks, source, forward, planned_bytes=planned)
     return location, report
 
 
