@@ -44,13 +44,13 @@ class RankSpec:
     verify: Literal["first", "always", "never"]
     step_timeout_s: float
 
-    def setup(self, ranks: tuple[int, ...], threads: int) -> WorkerSetup:
+    def setup(self, ranks: tuple[int, ...], devices: tuple[str, ...], threads: int) -> WorkerSetup:
         return WorkerSetup(
             plan_json=plan_to_json(self.plan),
             config_json=self.config_json,
             ranks=ranks,
             store=self.store,
-            device=self.plan.device,
+            devices=devices,
             verify=self.verify,
             threads=threads,
             step_timeout_s=self.step_timeout_s,
@@ -67,6 +67,10 @@ class Backend(Protocol):
     def footprint(self, tensor: int, pipeline: int) -> Footprint: ...
 
     def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor: ...
+
+    def computes_here(self, plan: Plan) -> bool:
+        """Whether this plan's ranks live in the coordinator's process."""
+        ...
 
     def close(self) -> None: ...
 
@@ -95,15 +99,24 @@ class LocalBackend:
         threads = max(rank.threads for rank in plan.ranks) * plan.pipeline
         if plan.tensor == 1:
             ranks = tuple(range(plan.pipeline))
-            return InProcessExecutor(spec.setup(ranks, threads), start_timeout_s=timeout, progress=progress)
-        setups = [
-            spec.setup(tuple(stage * plan.tensor + tp_rank for stage in range(plan.pipeline)), threads)
-            for tp_rank in range(plan.tensor)
-        ]
+            setup = spec.setup(ranks, _devices(plan, ranks), threads)
+            return InProcessExecutor(setup, start_timeout_s=timeout, progress=progress)
+        setups = []
+        for tp_rank in range(plan.tensor):
+            ranks = tuple(stage * plan.tensor + tp_rank for stage in range(plan.pipeline))
+            setups.append(spec.setup(ranks, _devices(plan, ranks), threads))
         return SpawnedExecutor(setups, start_timeout_s=timeout, progress=progress)
+
+    def computes_here(self, plan: Plan) -> bool:
+        return plan.tensor == 1
 
     def close(self) -> None:
         """Nothing outlives the executor."""
+
+
+def _devices(plan: Plan, ranks: tuple[int, ...]) -> tuple[str, ...]:
+    """On one machine rank r computes on GPU r."""
+    return tuple(f"cuda:{rank}" if plan.device == "cuda" else "cpu" for rank in ranks)
 
 
 def make_backend(config: ClusterConfig, name: str) -> Backend:

@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from dist_infer.sampling_params import SamplingParams
 from partition.errors import ConfigError
 from partition.sizes import parse_size
+from partition.yaml_loader import parse_yaml
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|)\s*$")
+_MAX_SECONDS = 1e6  # poll() of the system counts milliseconds in 31 bits
 _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+# The schema tells editors what people may write, not what the fields keep.
+_AUTO: dict[str, Any] = {"const": "auto", "type": "string"}
+_SIZES: list[dict[str, Any]] = [
+    {"type": "integer", "minimum": 0},
+    {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([KMGTkmgt]?i?[Bb])?\s*$"},
+]
+_TIMES: list[dict[str, Any]] = [
+    {"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_SECONDS},
+    {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(ms|s|min|h)?\s*$"},
+]
+_SIZE_FORMAT, _TIME_FORMAT = "size, e.g. '512 MiB'", "time, e.g. '30 s'"
 
 
 def _size(value: Any) -> Any:
@@ -36,12 +51,14 @@ def _duration(value: Any) -> Any:
     return value
 
 
-Size = Annotated[int, BeforeValidator(_size), Field(json_schema_extra={"format": "size, e.g. '512 MiB'"})]
 Auto = Literal["auto"]
-AutoSize = Annotated[int | Auto, BeforeValidator(_size), Field(json_schema_extra={"format": "size, e.g. '512 MiB'"})]
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0, json_schema_extra={"format": "time, e.g. '30 s'"})]
+AutoSize = Annotated[
+    int | Auto, BeforeValidator(_size), WithJsonSchema({"anyOf": [*_SIZES, _AUTO], "format": _SIZE_FORMAT})
+]
+_Positive = Annotated[float, Field(gt=0, le=_MAX_SECONDS)]
+Seconds = Annotated[_Positive, BeforeValidator(_duration), WithJsonSchema({"anyOf": _TIMES, "format": _TIME_FORMAT})]
 AutoSeconds = Annotated[
-    float | Auto, BeforeValidator(_duration), Field(json_schema_extra={"format": "time, e.g. '30 s'"})
+    _Positive | Auto, BeforeValidator(_duration), WithJsonSchema({"anyOf": [*_TIMES, _AUTO], "format": _TIME_FORMAT})
 ]
 Count = Annotated[int, Field(ge=1)]
 AutoCount = Annotated[int, Field(ge=1)] | Auto
@@ -57,9 +74,10 @@ class ModelConfig(Section):
     """Which model, and in which number format it computes."""
 
     path: str = Field(
+        min_length=1,
         description="A directory (config.json, safetensors, tokenizer), a GGUF file, `package:NAME/FILE` for a file "
         "inside an installed Python package, or a hub id such as `org/model` (needs huggingface_hub and a network). "
-        "A relative path is taken from the run file's directory."
+        "A relative path is taken from the run file's directory.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -82,6 +100,7 @@ class OffloadConfig(Section):
 
     store: str = Field(
         "~/.cache/dist-infer/stores",
+        min_length=1,
         description="Directory for packed stores, on a local NVMe. One store per model, dtype and tensor degree is "
         "made below it, once. A relative path is taken from the run file's directory.",
     )
@@ -190,6 +209,22 @@ class GenerateConfig(Section):
             raise ValueError("run.system needs run.chat: true")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> GenerateConfig:
+        self.sampling_params()  # checks what a field alone cannot; better now than when all is loaded
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=self.stop,
+            logprobs=self.logprobs,
+        )
+
 
 class RunConfig(Section):
     """The whole run file."""
@@ -212,12 +247,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises ConfigError: no such file, no YAML, unknown key (with the nearest), wrong type or value, with its place.
     """
     if isinstance(source, Mapping):
-        data: Any = json.loads(json.dumps(dict(source)))
-        base, origin = Path.cwd(), "config"
+        data, base, origin = _copied(source), Path.cwd(), "config"
     else:
-        path = Path(source).expanduser()
-        base, origin = path.resolve().parent, str(source)
-        data = _read_yaml(path)
+        path = _expanded(str(source))
+        data, base, origin = _read_yaml(path), path.absolute().parent, str(source)
     if not isinstance(data, dict):
         raise ConfigError(f"{origin}: a run file is a mapping with keys such as `model:`; found {type(data).__name__}")
     for override in overrides:
@@ -229,7 +262,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": _anchored(config.model.path, base)}),
-            "offload": config.offload.model_copy(update={"store": str(base / Path(config.offload.store).expanduser())}),
+            "offload": config.offload.model_copy(update={"store": str(base / _expanded(config.offload.store))}),
         }
     )
 
@@ -238,9 +271,32 @@ def _anchored(path: str, base: Path) -> str:
     """Local paths become absolute; `package:` references and hub ids stay."""
     if path.startswith("package:"):
         return path
-    local = base / Path(path).expanduser()
+    local = base / _expanded(path)
     looks_local = path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") != 1
-    return str(local) if looks_local or local.exists() else path
+    return str(local) if looks_local or os.path.exists(local) else path
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path!r}: {error}") from None
+
+
+def _copied(source: Mapping[str, Any]) -> Any:
+    """A deep copy of what YAML could have said: tuples are lists, paths are texts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value!r} is none of them")
+
+    try:
+        return json.loads(json.dumps(dict(source), default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config: only mappings, lists, texts and numbers can be in it: {error}") from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -250,12 +306,12 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(
             f"no run file at {path}: give the path of a YAML file, e.g. configs/quickstart.yaml"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
         raise ConfigError(f"cannot read the run file {path}: {error}") from error
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is {error}") from None
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -270,38 +326,51 @@ def _override(data: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text}: {name} is a value, not a section")
         target = nested
     try:
-        target[names[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+        target[names[-1]] = parse_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(f"--set {text[:200]}: the value is {error}") from None
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    location = [part for part in item["loc"] if not _is_union_tag(part)]
-    place = ".".join(str(part) for part in location)
+    written, section = _as_written(item["loc"])
+    place = ".".join(written)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(written[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key `{place}`; {hint}"
     if item["type"] == "missing":
         return f"missing key `{place}`"
     shown = repr(item.get("input"))
-    return f"`{place}`: {item['msg']} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"`{place}`: {message} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
 
 
-def _is_union_tag(part: Any) -> bool:
-    """Pydantic puts the tried branch of a union into the location; people did not write it."""
-    return isinstance(part, str) and (any(mark in part for mark in "[(-") or part in {"int", "str", "float"})
+def _as_written(location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
+    """The keys and indices of a location, and the section its last key is in.
 
-
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    kind: Any = RunConfig
+    Inside a value pydantic also names the branch of a union that it tried; nobody wrote that.
+    """
+    written: list[str] = []
+    section: type[BaseModel] = RunConfig
+    kind: Any = RunConfig  # of the value the location has come to: a section, a list, or None
     for part in location:
-        if part == "run":
-            kind = GenerateConfig
-        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
-            kind = kind.model_fields[str(part)].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            section = kind
+            field = kind.model_fields.get(str(part))
+            kind = None if field is None else _container(field.annotation)
         elif isinstance(part, int):
-            kind = Message
-    fields = getattr(kind, "model_fields", None)
-    return list(fields) if fields is not None else list(RunConfig.model_fields)
+            kind = None if kind is None else _container(get_args(kind)[0])
+        else:
+            continue
+        written.append(str(part))
+    return written, section
+
+
+def _container(annotation: Any) -> Any:
+    """The section or list in an annotation, behind Annotated and unions; None for a plain value."""
+    if get_origin(annotation) is list:
+        return annotation
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for part in get_args(annotation) if (found := _container(part)) is not None), None)

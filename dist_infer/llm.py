@@ -17,7 +17,6 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.engine.stats import EngineStats
-from dist_infer.location import resolve_model
 from dist_infer.messages import StreamReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
@@ -49,11 +48,15 @@ class LLM:
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         with ExitStack() as stack:
-            side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
-            # A GGUF's tokenizer takes seconds to convert: meanwhile the workers start.
-            tokenizer = side.submit(lambda: _load_tokenizer(resolve_model(run.model.path)))
             self.gang = Gang(run, on_progress or _silent)
             stack.callback(self.gang.close)
+            side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
+            # A GGUF's tokenizer takes seconds to convert: meanwhile workers start. Not beside ranks in this process:
+            # transformers imports its modules lazily, and two threads doing that see each other's half-made ones.
+            tokenizer = side.submit(_load_tokenizer, self.gang.model.path)
+            if self.gang.computes_here:
+                tokenizer.result()
+            self.gang.start()
             self._tokenizer, self._no_tokenizer = tokenizer.result()
             plan = self.gang.plan
             scheduler = Scheduler(

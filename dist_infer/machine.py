@@ -35,12 +35,15 @@ def machine_facts(*, with_devices: bool, sample: Path | None = None, dtype: str 
         flops, memory_rate = _compute_rates(dtype, num_cores)
     else:
         assumed += ["flops", "memory_per_s"]
+    devices = nvidia_devices() if with_devices else ()
+    if devices:
+        assumed += ["devices.link_per_s", "devices.flops", "devices.memory_per_s"]
     return NodeFacts(
         name=socket.gethostname(),
         cores=num_cores,
         memory_bytes=memory.bytes_available,
         memory_source=memory.source,
-        devices=nvidia_devices() if with_devices else (),
+        devices=devices,
         disk_bytes_per_s=disk,
         flops=flops,
         memory_bytes_per_s=memory_rate,

@@ -188,7 +188,10 @@ def _number(value: int | str) -> int | None:
 
 
 class Gang:
-    """Running ranks of one plan, with the engine's view of them. Owns backend and executor; `close` ends both."""
+    """The ranks of one plan: planned and packed by the constructor, running after `start`.
+
+    Owns backend and executor; `close` ends both.
+    """
 
     def __init__(self, config: RunConfig, on_progress: OnProgress) -> None:
         with ExitStack() as stack:
@@ -214,13 +217,23 @@ class Gang:
                 verify=config.offload.verify,
                 step_timeout_s=self.step_timeout_s,
             )
-            on_progress(Progress(phase="starting workers"))
             self.executor = self._backend.executor(
                 spec, lambda done, total: on_progress(Progress(phase="loading", done=done, total=total))
             )
             stack.callback(self.executor.close)
-            self.reports: tuple[WorkerReport, ...] = self.executor.start()
+            self._on_progress = on_progress
             self._stack = stack.pop_all()
+        self.reports: tuple[WorkerReport, ...] = ()
+
+    def start(self) -> None:
+        """Bring the ranks up and load them. The caller closes the gang when this raises."""
+        self._on_progress(Progress(phase="starting workers"))
+        self.reports = self.executor.start()
+
+    @property
+    def computes_here(self) -> bool:
+        """Whether the ranks live in this process."""
+        return self._backend.computes_here(self.plan)
 
     @property
     def num_kv_blocks(self) -> int:

@@ -13,6 +13,7 @@ from dist_infer.engine.executor import Executor
 from launch.root_guard import check_one_root
 from partition.errors import ClusterError
 from partition.hardware import HardwareFacts, NodeFacts
+from partition.plan import Plan
 
 # Resident memory of Ray's own processes on a node (GCS, raylet, agents), measured with benchmarks/footprint.py.
 RAY_FOOTPRINT_BYTES = 600 << 20
@@ -57,6 +58,9 @@ class RayBackend:
             progress=progress,
         )
 
+    def computes_here(self, plan: Plan) -> bool:
+        return False
+
     def close(self) -> None:
         """End the embedded Ray with all its processes, or leave the cluster. Idempotent."""
         if self._started:
@@ -69,10 +73,11 @@ class RayBackend:
         if self._started:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         embedded = self._config.address is None
-        if embedded and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
+        if embedded:  # an existing cluster has its own rule, which Ray finds out from the user's environment and token
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
         import ray
         from ray._raylet import Config  # type: ignore[attr-defined]
 

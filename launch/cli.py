@@ -52,6 +52,8 @@ def generate(
 ) -> None:
     """Answer prompts given here, with the model, cluster and sampling of the file."""
     config = load_config(file, overrides or [])
+    if not all(prompt):
+        raise ConfigError("--prompt is empty: write a text")
     run = config.run or GenerateConfig(kind="generate", prompts=list(prompt))
     _generate(config, run.model_copy(update={"prompts": list(prompt)}), as_json)
 
@@ -164,6 +166,7 @@ def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
     """Start, answer, print. With --json stdout holds one JSON document, and what people read goes to stderr."""
     from dist_infer.llm import LLM
     from launch.display import StartDisplay, plan_notes, plan_table, ready_line, summary_table
+    from partition.plan import plan_to_json
 
     console = Console(stderr=as_json, highlight=False)
     started = time.monotonic()
@@ -179,31 +182,27 @@ def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
             console.print(note, markup=False)
         console.print(summary_table(summary))
         if as_json:
-            print(json.dumps({"outputs": [_as_json(output) for output in outputs], "summary": summary.as_dict()}))
+            document = {
+                "outputs": [asdict(output) for output in outputs],
+                "summary": summary.as_dict(),
+                "pack": asdict(pack_report),
+                "plan": json.loads(plan_to_json(llm.plan)),
+            }
+            print(json.dumps(document))
 
 
 def _answer(llm: LLM, run: GenerateConfig, console: Console) -> tuple[list[RequestOutput], RunSummary]:
     from dist_infer.outputs import Failed, TokenEvent
-    from dist_infer.sampling_params import SamplingParams
     from launch.display import AnswerDisplay
 
     prompts = [_prompt_ids(llm, run, prompt) for prompt in run.prompts]
-    params = SamplingParams(
-        max_tokens=run.max_tokens,
-        temperature=run.temperature,
-        top_k=run.top_k,
-        top_p=run.top_p,
-        seed=run.seed,
-        stop=run.stop,
-        logprobs=run.logprobs,
-    )
     width = len(str(len(prompts)))
     for index, (text, _) in enumerate(prompts):
         console.print(f"[{index + 1:>{width}}] > {text}", style="bold", markup=False)
     answers = AnswerDisplay(console, len(prompts))
     outputs: dict[int, RequestOutput] = {}
     before, started = llm.stream_reports(), time.monotonic()
-    for index, event in llm.events(prompts, [params] * len(prompts)):
+    for index, event in llm.events(prompts, [run.sampling_params()] * len(prompts)):
         if isinstance(event, TokenEvent):
             answers.add(index, event.text)
         elif isinstance(event, Failed):
@@ -223,10 +222,6 @@ def _prompt_ids(llm: LLM, run: GenerateConfig, prompt: Any) -> tuple[str, list[i
         return prompt, llm.encode(prompt)
     system = [{"role": "system", "content": run.system}] if run.system is not None else []
     return prompt, llm.chat_ids([*system, {"role": "user", "content": prompt}])
-
-
-def _as_json(output: RequestOutput) -> dict[str, Any]:
-    return asdict(output)
 
 
 def main() -> None:

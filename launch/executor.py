@@ -114,7 +114,8 @@ class RayExecutor:
                 placement_group=self._groups[rank.stage], placement_group_bundle_index=rank.tp_rank
             )
             options = {"num_cpus": 1, "num_gpus": 1 if plan.device == "cuda" else 0, "scheduling_strategy": strategy}
-            setup = self._spec.setup((rank.rank,), rank.threads)
+            # Ray shows each actor only its own GPU
+            setup = self._spec.setup((rank.rank,), ("cuda:0" if plan.device == "cuda" else "cpu",), rank.threads)
             self._actors.append(RankActor.options(**options).remote(encode(setup)))  # type: ignore[attr-defined]
 
     def _all(self, what: str, refs: list[Any], deadline: float, waiting: Callable[[], None] | None = None) -> list[Any]:
@@ -140,9 +141,9 @@ class RayExecutor:
             cause = error.cause if error.cause is not None else error
             raise WorkerError(f"{what}: rank {rank} failed: {type(cause).__name__}: {cause}", rank=rank) from error
         except RayActorError as error:
-            raise WorkerError(f"{what}: rank {rank} died: {_first_line(error)}", rank=rank) from error
+            raise WorkerError(f"{what}: rank {rank} died: {_brief(error)}", rank=rank) from error
         except RayError as error:
-            raise ClusterError(f"{what}: rank {rank}: {_first_line(error)}") from error
+            raise ClusterError(f"{what}: rank {rank}: {_brief(error)}") from error
 
     def _show_progress(self) -> None:
         try:
@@ -152,6 +153,7 @@ class RayExecutor:
         self._progress(sum(done for done, _ in counts), sum(total for _, total in counts))
 
 
-def _first_line(error: BaseException) -> str:
+def _brief(error: BaseException) -> str:
+    """Ray's message without the trace in its middle: what happened, and the error that was raised last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"

@@ -16,15 +16,14 @@ nodes:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from partition.errors import ConfigError
 from partition.sizes import parse_size
+from partition.yaml_loader import parse_yaml
 
 ASSUMED_DISK_BYTES_PER_S = 2e9
 ASSUMED_NETWORK_BYTES_PER_S = 1.25e9
@@ -76,11 +75,15 @@ class HardwareFacts:
 def load_hardware(path: Path) -> HardwareFacts:
     """Read the YAML above. Raises ConfigError naming the file and key for anything unknown, missing or senseless."""
     try:
-        data = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the hardware file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"the hardware file {path} is not YAML: {error}") from error
+    try:
+        data = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"the hardware file {path} is {error}") from None
     section = _Section(f"{path}", data)
     section.only("nodes", "network_per_s")
     nodes = tuple(node for child in section.children("nodes") for node in _nodes(child, path))
@@ -92,17 +95,6 @@ def load_hardware(path: Path) -> HardwareFacts:
     return HardwareFacts(
         nodes=nodes, network_bytes_per_s=section.rate("network_per_s", ASSUMED_NETWORK_BYTES_PER_S, [])
     )
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is there twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)

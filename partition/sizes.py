@@ -18,21 +18,28 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_LARGEST = 2**60
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
 
 
 def parse_size(text: str | int) -> int:
     """Bytes of a size such as `512 MiB`; a bare number is bytes. Raises ConfigError for anything else."""
-    if isinstance(text, bool):
+    if isinstance(text, bool) or not isinstance(text, int | str):
         raise ConfigError(f"a size is a number with a unit such as '512 MiB', not {text!r}")
     if isinstance(text, int):
         if text < 0:
             raise ConfigError(f"a size cannot be negative: {text}")
-        return text
+        return _possible(text, text)
     found = _SIZE.match(text)
     if found is None or found[2].lower() not in _UNITS:
         raise ConfigError(f"{text!r} is not a size: write a number and a unit, e.g. '512 MiB', '1.5 GiB', '2 GB'")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return _possible(float(found[1]) * _UNITS[found[2].lower()], text)
+
+
+def _possible(num_bytes: float, text: str | int) -> int:
+    if num_bytes > _LARGEST:
+        raise ConfigError(f"{str(text)[:40]!r} is more than any memory or disk holds")
+    return int(num_bytes)
 
 
 def format_size(num_bytes: float) -> str:

@@ -53,7 +53,7 @@ class RankHost:
             rank=rank,
             tensor=self._plan.tensor,
             stages=1 if self._hosts_all_stages else self._plan.pipeline,
-            device=self._setup.device,
+            device=self._plan.device,
             timeout_s=self._setup.step_timeout_s,
         )
 
@@ -61,7 +61,8 @@ class RankHost:
         """Build the stages and read their resident units. progress(units read, units to read)."""
         if not self._alone and self._store is None:
             raise RuntimeError("connect before load")
-        self._stages = [StageRunner(self._setup, self._plan, rank, self._group) for rank in self._setup.ranks]
+        placed = zip(self._setup.ranks, self._setup.devices, strict=True)
+        self._stages = [StageRunner(self._setup, self._plan, rank, device, self._group) for rank, device in placed]
         done_before, total = 0, sum(_num_resident(stage) for stage in self._stages)
         for stage in self._stages:
             before = done_before
@@ -80,7 +81,7 @@ class RankHost:
                     raise RuntimeError("no link to the stage before")
                 shape = (1, plan.num_tokens, stage.hidden_size)
                 hidden = self._link.receive(shape, stage.dtype, stage.device)
-            output = stage.run(plan, hidden)
+            output = stage.run(plan, None if hidden is None else hidden.to(stage.device))
             if isinstance(output, torch.Tensor):
                 hidden = output
             else:

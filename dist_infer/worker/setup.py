@@ -26,14 +26,14 @@ class WorkerSetup:
     """Everything a process needs to become the given ranks of a plan.
 
     `ranks`: one rank for a Ray actor; all stages of one tp_rank for the local executor. `config_json`: the model's
-    config.json. `threads`: compute threads of this process.
+    config.json. `devices`: torch device of each of the ranks. `threads`: compute threads of this process.
     """
 
     plan_json: str
     config_json: str
     ranks: tuple[int, ...]
     store: StoreLocation
-    device: str
+    devices: tuple[str, ...]
     verify: Literal["first", "always", "never"]
     threads: int
     step_timeout_s: float

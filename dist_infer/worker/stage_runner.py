@@ -30,10 +30,10 @@ from partition.sharding import cut_axes, local_heads
 class StageRunner:
     """Owns the stage's weights, KV cache and request table. Not thread-safe; steps come in order."""
 
-    def __init__(self, setup: WorkerSetup, plan: Plan, rank: int, group: TensorParallel) -> None:
+    def __init__(self, setup: WorkerSetup, plan: Plan, rank: int, device: str, group: TensorParallel) -> None:
         self.rank_plan = plan.ranks[rank]
         self.dtype = DTYPES[plan.dtype]
-        self.device = torch.device(setup.device)
+        self.device = torch.device(device)
         self.hidden_size = plan.model.hidden_size
         spec, ours = plan.model, self.rank_plan
         self.model = StageModel(
@@ -68,7 +68,7 @@ class StageRunner:
             reader=self._reader,
             num_slots=ours.num_slots,
             num_device_slots=ours.num_device_slots,
-            device=setup.device,
+            device=device,
             verify=setup.verify,
             read_timeout_s=setup.step_timeout_s,
         )

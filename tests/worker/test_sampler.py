@@ -1,0 +1,203 @@
+"""Drawing a token: filters, determinism and the distribution itself, on logits made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_infer.messages import SampledToken, SamplingSpec
+from dist_infer.worker.sampler import sample, uniform
+
+CHI_SQUARE_999 = {2: 13.82, 3: 16.27, 4: 18.47, 7: 24.32}  # exceeded by chance once in a thousand
+
+
+def draw(logits: list[float], spec: SamplingSpec, position: int = 0) -> SampledToken:
+    return sample(torch.tensor([logits]), ["r"], [spec], [position])[0]
+
+
+def draws(logits: list[float], spec: SamplingSpec, num: int) -> list[int]:
+    """One token of each of `num` positions, in one batch."""
+    rows = torch.tensor(logits).expand(num, -1)
+    return [token.token_id for token in sample(rows, ["r"] * num, [spec] * num, range(num))]
+
+
+# ---- greedy
+
+
+def test_greedy_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert draw([0.0, 3.0, 1.0], SamplingSpec()).token_id == 1
+    assert draw([2.0, 5.0, 5.0, 5.0], SamplingSpec()).token_id == 1
+
+
+def test_greedy_ignores_seed_filters_and_position() -> None:
+    for seed in range(5):
+        assert draw([0.0, 3.0, 1.0], SamplingSpec(seed=seed, top_k=3, top_p=0.9), seed).token_id == 1
+
+
+def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
+    assert set(draws([80.0, 79.9, -80.0], SamplingSpec(temperature=1e-5), 200)) == {0}
+
+
+# ---- filters
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_top_k_keeps_the_k_likeliest(top_k: int) -> None:
+    logits = [0.1, 0.4, 0.3, 0.2]
+    likeliest = {1, 2, 3} if top_k == 3 else {1, 2} if top_k == 2 else {1}
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_k=top_k), 400)) == likeliest
+
+
+def test_top_k_cuts_ties_in_the_order_of_ids() -> None:
+    """An unstable sort would draw another token on another machine."""
+    assert set(draws([1.0] * 50, SamplingSpec(temperature=1.0, top_k=3), 400)) == {0, 1, 2}
+
+
+def test_top_k_beyond_the_vocabulary_is_off() -> None:
+    off = draws([0.1, 0.2, 0.3], SamplingSpec(temperature=1.0, seed=4), 50)
+    assert draws([0.1, 0.2, 0.3], SamplingSpec(temperature=1.0, seed=4, top_k=1000), 50) == off
+
+
+def test_top_p_keeps_the_likeliest_even_when_it_alone_is_more_than_p() -> None:
+    logits = [math.log(0.9), math.log(0.06), math.log(0.04)]
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_p=0.01), 300)) == {0}
+
+
+def test_top_p_keeps_the_token_that_crosses_p_and_nothing_after_it() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_p=0.7), 600)) == {0, 1}
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_p=0.9), 600)) == {0, 1, 2}
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_p=1.0), 600)) == {0, 1, 2, 3}
+
+
+def test_top_p_counts_after_temperature_and_top_k() -> None:
+    """0.4, 0.3 renormalised after top_k=2 are 0.57, 0.43: p = 0.5 is reached by the first alone."""
+    logits = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
+    assert set(draws(logits, SamplingSpec(temperature=1.0, top_k=2, top_p=0.5), 400)) == {0}
+    # at temperature 0.25 the first has 0.4^4 / sum = 0.72 of all
+    assert set(draws(logits, SamplingSpec(temperature=0.25, top_p=0.7), 400)) == {0}
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = [-math.inf, 0.0, -math.inf, 0.0]
+    assert set(draws(logits, SamplingSpec(temperature=5.0), 400)) == {1, 3}
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12),
+    st.floats(0.05, 5),
+    st.integers(0, 12),
+    st.floats(0.01, 1.0),
+    st.integers(0, 2**63 - 1),
+)
+def test_no_filtered_token_is_ever_drawn(
+    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """Against a sum over a plain list; a token within rounding of the edge of p may fall on either side."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])[: top_k or len(logits)]
+    weights = [math.exp((logits[token] - logits[order[0]]) / temperature) for token in order]
+    allowed, reached = {order[0]}, 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if reached < top_p + 1e-5:
+            allowed.add(token)
+        reached += weight / sum(weights)
+    spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    assert set(draws(logits, spec, 40)) <= allowed
+
+
+# ---- the distribution
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_softmax(temperature: float) -> None:
+    """Chi-square of 4000 draws; deterministic, since a draw is a function of seed and position."""
+    logits = [2.0, 1.0, 0.0, 1.5, -1.0]
+    num = 4000
+    found = torch.bincount(
+        torch.tensor(draws(logits, SamplingSpec(temperature=temperature, seed=11), num)), minlength=5
+    )
+    expected = (torch.tensor(logits) / temperature).softmax(-1) * num
+    assert float(((found - expected) ** 2 / expected).sum()) < CHI_SQUARE_999[4]
+
+
+def test_the_first_draws_of_many_seeds_follow_softmax() -> None:
+    """Seeds 0, 1, 2 … are what people choose: their first numbers must not be alike."""
+    num = 4000
+    specs = [SamplingSpec(temperature=1.0, seed=seed) for seed in range(num)]
+    rows = torch.zeros(num, 8)
+    found = torch.bincount(torch.tensor([t.token_id for t in sample(rows, ["r"] * num, specs, [7] * num)]), minlength=8)
+    assert float(((found - num / 8) ** 2 / (num / 8)).sum()) < CHI_SQUARE_999[7]
+
+
+def test_filtered_draws_follow_the_renormalised_rest() -> None:
+    logits = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
+    num = 4000
+    found = torch.bincount(torch.tensor(draws(logits, SamplingSpec(temperature=1.0, top_k=3, seed=5), num)))
+    expected = torch.tensor([0.4, 0.3, 0.2]) / 0.9 * num
+    assert len(found) == 3
+    assert float(((found - expected) ** 2 / expected).sum()) < CHI_SQUARE_999[2]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
+def test_uniform_is_a_number_below_one(seed: int, position: int) -> None:
+    assert 0 <= uniform(seed, position) < 1
+
+
+# ---- determinism
+
+
+def test_a_draw_depends_on_seed_and_position_alone() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 100)
+    specs = [SamplingSpec(temperature=1.0, top_p=0.95, seed=seed) for seed in (1, 2, 3, 1, 5, 6)]
+    positions = [10, 10, 10, 11, 10, 10]
+    names = [f"r{i}" for i in range(6)]
+    together = [token.token_id for token in sample(logits, names, specs, positions)]
+    alone = [sample(logits[i : i + 1], [names[i]], [specs[i]], [positions[i]])[0].token_id for i in reversed(range(6))]
+    assert alone[::-1] == together
+    mixed = [SamplingSpec(), *specs[1:5], SamplingSpec(temperature=100.0, top_k=1)]
+    beside = [token.token_id for token in sample(logits, names, mixed, positions)]
+    assert beside[1:5] == together[1:5]  # greedy and hot neighbours change nothing
+
+
+def test_seeds_and_positions_differ() -> None:
+    flat = [0.0] * 1000
+    assert len({draw(flat, SamplingSpec(temperature=1.0, seed=seed)).token_id for seed in range(50)}) > 40
+    assert len(set(draws(flat, SamplingSpec(temperature=1.0, seed=3), 50))) > 40
+
+
+def test_low_precision_logits_are_drawn_like_their_float_values() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(20, 64, dtype=torch.bfloat16)
+    arguments = (["r"] * 20, [SamplingSpec(temperature=0.8, top_k=20, seed=9)] * 20, range(20))
+    assert sample(logits, *arguments) == sample(logits.float(), *arguments)
+
+
+# ---- log-probabilities
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    logits = torch.tensor([[0.5, 2.0, 1.0, -1.0]])
+    expected = logits.log_softmax(-1)[0]
+    spec = SamplingSpec(temperature=0.3, top_k=1, num_logprobs=3)
+    token = sample(logits, ["r"], [spec], [0])[0]
+    assert token.token_id == 1
+    assert token.logprob == pytest.approx(float(expected[1]))
+    assert [i for i, _ in token.top_logprobs] == [1, 2, 0]
+    assert [value for _, value in token.top_logprobs] == pytest.approx([float(expected[i]) for i in (1, 2, 0)])
+
+
+def test_each_request_gets_the_logprobs_it_asked_for() -> None:
+    logits = torch.zeros(3, 5)
+    specs = [SamplingSpec(), SamplingSpec(num_logprobs=0), SamplingSpec(num_logprobs=2)]
+    none, own, two = sample(logits, ["a", "b", "c"], specs, [0, 0, 0])
+    assert (none.logprob, none.top_logprobs) == (None, ())
+    assert own.logprob == pytest.approx(-math.log(5))
+    assert own.top_logprobs == ()
+    assert len(two.top_logprobs) == 2
+    assert [token.request_id for token in (none, own, two)] == ["a", "b", "c"]
