@@ -23,7 +23,7 @@ LoadProgress = Callable[[int, int], None]
 ENTRY_POINTS = "dist_infer.executors"
 # Resident memory of a process with torch and transformers loaded and nothing of ours allocated, measured with
 # benchmarks/footprint.py; the planner keeps it out of the budgets.
-PROCESS_FOOTPRINT_BYTES = 450 << 20
+PROCESS_FOOTPRINT_BYTES = 400 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

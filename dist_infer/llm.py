@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import queue
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -201,7 +201,7 @@ class LLM:
             before=before,
             after=self.stream_reports(),
             wall_s=time.monotonic() - started_s,
-            raw_disk_bytes_per_s=self.gang.disk_bytes_per_s,
+            facts=self.gang.facts,
         )
 
     def integrity(self) -> None:
@@ -221,7 +221,7 @@ class LLM:
         self.close()
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        return (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+        return (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, _listed(prompt))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
@@ -243,10 +243,17 @@ def _load_tokenizer(path: Path) -> tuple[Tokenizer | None, CheckpointError | Non
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    many = list(prompts)
+    many = _listed(prompts)
     if many and all(isinstance(item, int) for item in many):
-        return [many]  # type: ignore[list-item]
-    return many  # type: ignore[return-value]
+        return [many]
+    return many
+
+
+def _listed(value: Any) -> list[Any]:
+    """Of prompts or of token ids. What is in the list is checked where it is used."""
+    if isinstance(value, bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"a prompt is a text or a list of token ids, not {repr(value)[:80]}")
+    return list(value)
 
 
 def _params_for(

@@ -207,7 +207,7 @@ class Gang:
             facts = self._backend.facts(
                 with_devices=with_devices, sample=_largest_file(Path(store.directory)), dtype=self.model.dtype
             )
-            self.disk_bytes_per_s = facts.nodes[0].disk_bytes_per_s
+            self.facts = facts
             self.plan = plan_run(config, self.model, facts, footprint)
             self.step_timeout_s = _step_timeout(config, self.plan)
             spec = RankSpec(

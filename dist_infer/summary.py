@@ -9,6 +9,8 @@ from typing import Any
 
 from dist_infer.messages import StreamReport
 from dist_infer.outputs import RequestOutput
+from partition.cost import predict
+from partition.hardware import HardwareFacts
 from partition.plan import Plan
 
 
@@ -19,7 +21,8 @@ class RunSummary:
     ttft_s: median from arrival to first token. tpot_s: median of (latency - TTFT) / (output tokens - 1).
     tokens_per_pass: computed tokens (prompt and output) for each pass over the weights. raw_disk_bytes_per_s: O_DIRECT
     read of the store, measured at start. stall_s: the longest-waiting rank. bound_by: where the slowest stage's time
-    went: disk (or link) stalls, network (collectives) or compute.
+    went: disk (or link) stalls, network (collectives) or compute. predicted_*: the plan's cost model for decoding as
+    many requests a pass as there were on average.
     """
 
     num_requests: int
@@ -52,9 +55,9 @@ def summarise(
     before: Sequence[StreamReport],
     after: Sequence[StreamReport],
     wall_s: float,
-    raw_disk_bytes_per_s: float,
+    facts: HardwareFacts,
 ) -> RunSummary:
-    """before, after: the ranks' cumulative reports around the run."""
+    """before, after: the ranks' cumulative reports around the run. facts: of the first node, measured at start."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
     spent = [_difference(start, end) for start, end in zip(before, after, strict=True)]
@@ -64,6 +67,14 @@ def summarise(
     streamed = sum(rank.streamed_bytes_per_pass for rank in plan.ranks)
     slowest = max(spent, key=lambda report: report.busy_s)
     wall = max(wall_s, 1e-9)
+    prediction = predict(
+        plan.model,
+        plan.ranks,
+        facts,
+        dtype=plan.dtype,
+        batch=max(1, round(generated / passes)) if passes else 1,
+        steps_in_flight=plan.max_steps_in_flight,
+    )
     return RunSummary(
         num_requests=len(outputs),
         num_prompt_tokens=prompt,
@@ -76,13 +87,13 @@ def summarise(
         num_passes=passes,
         bytes_per_pass=read // passes if passes else 0,
         stream_bytes_per_s=read / wall,
-        raw_disk_bytes_per_s=raw_disk_bytes_per_s,
+        raw_disk_bytes_per_s=facts.nodes[0].disk_bytes_per_s,
         stall_s=max(report.stall_s for report in spent),
         tokens_per_pass=max(report.num_tokens for report in spent) / passes if passes else 0.0,
         resident_fraction=1.0 - streamed / total,
         bound_by=_bound_by(plan, [report for report in spent if _stage(plan, report) == _stage(plan, slowest)]),
-        predicted_tokens_per_s=plan.prediction.decode_tokens_per_s,
-        predicted_bound_by=plan.prediction.bound_by,
+        predicted_tokens_per_s=prediction.decode_tokens_per_s,
+        predicted_bound_by=prediction.bound_by,
     )
 
 

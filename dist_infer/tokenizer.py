@@ -38,14 +38,25 @@ class Tokenizer:
         return () if eos is None else (int(eos),)
 
     def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self._inner(text)["input_ids"]]
+        try:
+            return [int(token) for token in self._inner(text)["input_ids"]]
+        except Exception as error:  # half a surrogate pair, for one
+            raise ConfigError(f"the tokenizer refuses this text ({type(error).__name__}: {error})") from error
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, with the prompt for the assistant's answer at its end."""
+        """Token ids of a conversation, with the prompt for the assistant's answer at its end.
+
+        Raises ConfigError when there is no template, or when it (a program, run in a sandbox) fails on the messages.
+        """
         if not self.has_chat_template:
             raise ConfigError("this model has no chat template: give plain text prompts (run.chat: false) instead")
-        encoded = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-        return [int(token) for token in encoded["input_ids"]]
+        try:
+            encoded = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+            return [int(token) for token in encoded["input_ids"]]
+        except Exception as error:  # whatever the template and the sandbox raise
+            raise ConfigError(
+                f"the model's chat template fails on these messages ({type(error).__name__}: {error})"
+            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""

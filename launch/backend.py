@@ -16,7 +16,7 @@ from partition.hardware import HardwareFacts, NodeFacts
 from partition.plan import Plan
 
 # Resident memory of Ray's own processes on a node (GCS, raylet, agents), measured with benchmarks/footprint.py.
-RAY_FOOTPRINT_BYTES = 600 << 20
+RAY_FOOTPRINT_BYTES = 400 << 20
 _OBJECT_STORE_BYTES = 80 << 20  # messages are small; weights and activations never go through it
 _FACTS_TIMEOUT_S = 60
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from dist_infer.config import GenerateConfig, RunConfig, load_config
 from launch.interrupt import end_on_interrupt
@@ -18,6 +17,8 @@ from launch.root_guard import check_one_root
 from partition.errors import ConfigError, DistInferError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dist_infer.llm import LLM
     from dist_infer.outputs import RequestOutput
     from dist_infer.summary import RunSummary
@@ -70,7 +71,7 @@ def plan(
     """Print which rank owns what, in which tier, and what it should cost. Reads no weights, starts nothing."""
     from dist_infer.backend import make_backend
     from dist_infer.startup import open_model, plan_run
-    from launch.display import plan_notes, plan_table
+    from launch.display import make_console, plan_notes, plan_table
     from partition.hardware import load_hardware
     from partition.plan import plan_to_json
 
@@ -89,7 +90,7 @@ def plan(
     if as_json:
         print(plan_to_json(result))
         return
-    console = Console(highlight=False)
+    console = make_console()
     console.print(plan_table(result))
     for note in plan_notes(result):
         console.print(note, markup=False)
@@ -99,11 +100,11 @@ def plan(
 def pack(file: File, overrides: Set = None, as_json: Json = False) -> None:
     """Make the packed store of the file's model, dtype and tensor degree; resumes what was begun."""
     from dist_infer.startup import open_model, pack_model
-    from launch.display import StartDisplay
+    from launch.display import StartDisplay, make_console
 
     config = load_config(file, overrides or [])
     model = open_model(config)
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     with StartDisplay(console) as display:
         location, report = pack_model(config, model, display.show)
     if as_json:
@@ -123,11 +124,11 @@ def verify(
 ) -> None:
     """Re-read a packed store against its checksums. Exit code 3 when a blob is bad."""
     from dist_infer.startup import Progress
-    from launch.display import StartDisplay
+    from launch.display import StartDisplay, make_console
     from offload.pack import verify_store
 
     directory = target if target.is_dir() else _store_of(load_config(target, overrides or []))
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
 
     with StartDisplay(console) as display:
         report = verify_store(directory, lambda done, total: display.show(Progress("verifying", done, total)))
@@ -165,10 +166,10 @@ def _store_of(config: RunConfig) -> Path:
 def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
     """Start, answer, print. With --json stdout holds one JSON document, and what people read goes to stderr."""
     from dist_infer.llm import LLM
-    from launch.display import StartDisplay, plan_notes, plan_table, ready_line, summary_table
+    from launch.display import StartDisplay, make_console, plan_notes, plan_table, ready_line, summary_table
     from partition.plan import plan_to_json
 
-    console = Console(stderr=as_json, highlight=False)
+    console = make_console(stderr=as_json)
     started = time.monotonic()
     with StartDisplay(console) as display:
         llm = LLM(config, on_progress=display.show)

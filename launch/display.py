@@ -17,7 +17,14 @@ from dist_infer.summary import RunSummary
 from partition.plan import Plan
 from partition.sizes import format_size
 
+_PLAIN_WIDTH = 120
 _PIECE_CHARS = 72  # off a terminal, an answer's text is printed in pieces of about this length
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Tables keep their columns where the output is no terminal and so has no width of its own."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
 
 
 class StartDisplay:

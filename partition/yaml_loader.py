@@ -19,9 +19,9 @@ def parse_yaml(text: str) -> Any:
         ValueError,
         AttributeError,
     ) as error:  # not all its own: 2020-13-45 is no date, 0x_ no number
-        raise ConfigError(f"not valid YAML: {error}") from None
+        raise ConfigError(f"not YAML: {error}") from None
     except RecursionError:
-        raise ConfigError("not valid YAML: nested too deeply") from None
+        raise ConfigError("not YAML: nested too deeply") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -73,7 +73,7 @@ def test_a_module_that_is_no_package_is_refused(name: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("path", ["/no/such/place", "no/such/place", "./x/y", "nothing", "~/no-such-model-here"])
 def test_a_path_with_nothing_there_says_what_may_be_written(path: str) -> None:
-    with pytest.raises(CheckpointError, match="config.json and safetensors"):
+    with pytest.raises(CheckpointError, match=r"config\.json and safetensors"):
         resolve_model(path)
 
 

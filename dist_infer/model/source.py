@@ -8,7 +8,8 @@ per-architecture fix-ups. Peak memory: the unit's tensors as stored plus as conv
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,21 @@ class _Files:
         path = self._root / entry.file
         buffer = bytearray(entry.end - entry.start)
         view, done = memoryview(buffer), 0
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while done < len(buffer):
-                count = os.preadv(descriptor, [view[done : done + (64 << 20)]], entry.start + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{path} ended inside tensor {entry.name}: {len(buffer)} bytes expected, {done} there; "
-                        "the file changed or is truncated"
-                    )
-                done += count
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while done < len(buffer):
+                    count = os.preadv(descriptor, [view[done : done + (64 << 20)]], entry.start + done)
+                    if count == 0:
+                        raise CheckpointError(
+                            f"{path} ended inside tensor {entry.name}: {len(buffer)} bytes expected, {done} there; "
+                            "the file changed or is truncated"
+                        )
+                    done += count
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {entry.name} from {path}: {error}") from error
-        finally:
-            os.close(descriptor)
         return buffer
 
 
@@ -150,9 +152,10 @@ class _SafetensorsReader:
         stored = {key: self._stored(self._index.tensors[key]) for key in sorted(keys)}
         # The library puts the result into the model; it is taken out again, and the meta parameters put back.
         before = {name: _place(self._model, name) for name in wanted}
-        info, _ = convert_and_load_state_dict_in_model(
-            self._model, stored, LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype), None
-        )
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(
+                self._model, stored, LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype), None
+            )
         if info.conversion_errors or info.mismatched_keys:
             problem = next(iter(info.conversion_errors.items()), None) or next(iter(info.mismatched_keys))
             raise CheckpointError(f"{self._index.path}: tensor does not fit the model: {problem}")
@@ -177,6 +180,20 @@ class _SafetensorsReader:
                 f"({', '.join(_DTYPES)}) are read, quantized safetensors are not"
             )
         return torch.frombuffer(self._files.bytes_of(entry), dtype=_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The library would draw one for every unit, across the packer's own."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _place(model: Any, name: str) -> tuple[dict[str, Any], str, Any]:

@@ -1,0 +1,195 @@
+"""Paged attention against a plain one written out in float64: every mask, layout and head grouping that it folds."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_infer.messages import Chunk, NewRequest, RequestDiff, SamplingSpec, StepPlan
+from dist_infer.model.attention import BatchView, KVCache, SequenceSpan, paged_attention, use_batch
+from dist_infer.worker.request_table import RequestTable
+
+CPU = torch.device("cpu")
+LAYER = SimpleNamespace(layer_idx=3, sliding_window=2)  # the attribute lies: only the keyword counts
+
+
+def plain(
+    query: torch.Tensor,  # [T, Hq, D]
+    key: torch.Tensor,  # [T, Hk, D]
+    value: torch.Tensor,  # [T, Hk, Dv]
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One whole sequence, causal: [T, Hq, Dv]."""
+    query, key, value = query.double(), key.double(), value.double()
+    rep = query.shape[1] // key.shape[1]
+    out = torch.zeros(*query.shape[:2], value.shape[-1], dtype=torch.float64)
+    for t in range(query.shape[0]):
+        first = 0 if window is None else max(0, t - window + 1)
+        for head in range(query.shape[1]):
+            scores = key[first : t + 1, head // rep] @ query[t, head] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp()
+            rest = 0.0 if sinks is None else sinks[head].double().exp()
+            out[t, head] = (weights / (weights.sum() + rest)) @ value[first : t + 1, head // rep]
+    return out
+
+
+def compare(
+    lengths: list[int],
+    chunks: list[int],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (8, 8),
+    block: int = 4,
+    window: int | None = None,
+    softcap: float | None = None,
+    with_sinks: bool = False,
+    scaling: float | None = None,
+    scattered: bool = False,
+    seed: int = 0,
+) -> None:
+    """Sequences of `lengths`, computed in chunks of these sizes (again and again), all of a step in one packed row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    num_heads, num_kv_heads = heads
+    blocks_each = [-(-length // block) for length in lengths]
+    pool = list(range(sum(blocks_each) + 2))
+    if scattered:
+        pool = [pool[i] for i in torch.randperm(len(pool), generator=generator).tolist()]
+    table = RequestTable(block, len(pool), CPU)
+    cache = KVCache([2, 3], len(pool) * block, num_kv_heads, *dims, torch.float32, CPU)
+    cache.keys.fill_(1e4)  # a row that is read without having been written shows
+    cache.values.fill_(1e4)
+    sequences = [
+        (normal(n, num_heads, dims[0]), normal(n, num_kv_heads, dims[0]), normal(n, num_kv_heads, dims[1]))
+        for n in lengths
+    ]
+    sinks = normal(num_heads) if with_sinks else None
+    scale = dims[0] ** -0.5 if scaling is None else scaling
+    new = []
+    for i, length in enumerate(lengths):
+        new.append(NewRequest(str(i), tuple(range(length)), tuple(pool[: blocks_each[i]]), SamplingSpec()))
+        pool = pool[blocks_each[i] :]
+    found = [torch.zeros(n, num_heads, dims[1]) for n in lengths]
+    done, step = [0] * len(lengths), 0
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        size = chunks[step % len(chunks)]
+        batch = tuple(
+            Chunk(str(i), at, min(size, length - at), False)
+            for i, (at, length) in enumerate(zip(done, lengths, strict=True))
+            if at < length
+        )
+        plan = StepPlan(
+            step, (batch,), new=tuple(new) if step == 0 else (), diffs=(RequestDiff("0", (), ()),) if step else ()
+        )
+        table.apply(plan)
+        view = table.micro_batch(batch).view
+        parts = [sequences[int(c.request_id)] for c in batch]
+        packed = [
+            torch.cat([part[k][c.start : c.start + c.num_tokens] for part, c in zip(parts, batch, strict=True)])
+            for k in range(3)
+        ]
+        with use_batch(view, cache):
+            out, weights = paged_attention(
+                LAYER,
+                *(tensor.transpose(0, 1)[None] for tensor in packed),
+                attention_mask=None,
+                scaling=scaling,
+                sliding_window=window,
+                softcap=softcap,
+                s_aux=sinks,
+                is_causal=True,
+            )
+        assert weights is None
+        assert out.shape == (1, sum(c.num_tokens for c in batch), num_heads, dims[1])
+        row = 0
+        for c in batch:
+            found[int(c.request_id)][c.start : c.start + c.num_tokens] = out[0, row : row + c.num_tokens]
+            done[int(c.request_id)] += c.num_tokens
+            row += c.num_tokens
+        step += 1
+    for sequence, rows in zip(sequences, found, strict=True):
+        torch.testing.assert_close(rows.double(), plain(*sequence, scale, window, softcap, sinks), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["consecutive", "scattered"])
+@pytest.mark.parametrize("chunks", [[100], [1], [3, 1], [1, 4]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 3},
+        {"window": 1},
+        {"softcap": 0.7},
+        {"with_sinks": True},
+        {"window": 4, "softcap": 2.0, "with_sinks": True},
+        {"heads": (6, 1)},
+        {"heads": (3, 3), "window": 2, "with_sinks": True},
+        {"dims": (8, 5)},
+        {"scaling": 0.3},
+    ],
+    ids=str,
+)
+def test_equals_plain_attention(options: dict[str, Any], chunks: list[int], scattered: bool) -> None:
+    """Ragged batches of prefill chunks and single tokens together, across block borders."""
+    compare([9, 2, 5], chunks, scattered=scattered, **options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    chunks=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    groups=st.integers(1, 3),
+    rep=st.integers(1, 3),
+    block=st.integers(1, 5),
+    window=st.none() | st.integers(1, 13),
+    softcap=st.none() | st.floats(0.5, 5),
+    with_sinks=st.booleans(),
+    scattered=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_plain_attention_for_any_shape(
+    groups: int, rep: int, lengths: list[int], chunks: list[int], **options: Any
+) -> None:
+    compare(lengths, chunks, heads=(groups * rep, groups), **options)
+
+
+def test_rows_of_other_sequences_are_left_alone() -> None:
+    cache = KVCache([3], 8, 1, 2, 2, torch.float32, CPU)
+    view = BatchView(torch.tensor([5]), (SequenceSpan(0, 1, 1, slice(5, 6)),))
+    ones = torch.ones(1, 1, 1, 2)
+    with use_batch(view, cache):
+        paged_attention(LAYER, ones, ones, ones)
+    assert cache.keys[0, :, 0, 0].nonzero().flatten().tolist() == [5]
+    assert cache.values[0, :, 0, 0].nonzero().flatten().tolist() == [5]
+
+
+def test_layers_have_pools_of_their_own_and_unused_ones_are_known() -> None:
+    """A layer that never came here was computed by somebody else's attention, without our cache."""
+    cache = KVCache([2, 3, 4], 4, 1, 2, 3, torch.bfloat16, CPU)
+    assert cache.num_bytes == 3 * 4 * 1 * (2 + 3) * 2
+    cache.pools(3)[0].fill_(1)
+    assert cache.untouched() == [2, 4]
+    assert float(cache.pools(2)[0].sum() + cache.pools(4)[0].sum()) == 0
+    assert cache.untouched() == []
+
+
+def test_outside_of_a_step_it_refuses_and_a_step_ends_with_an_error_too() -> None:
+    ones = torch.ones(1, 1, 1, 2)
+    cache = KVCache([3], 4, 1, 2, 2, torch.float32, CPU)
+    with pytest.raises(ZeroDivisionError), use_batch(BatchView(torch.tensor([0]), ()), cache):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="outside of a step"):
+        paged_attention(LAYER, ones, ones, ones)
