@@ -1,4 +1,6 @@
-"""Memory of the processes themselves, which the planner keeps out of the budgets: `python benchmarks/footprint.py FILE`.
+"""Memory of the processes themselves, which the planner keeps out of the budgets.
+
+Run: python benchmarks/footprint.py FILE [a.b=c ...]
 
 Starts the file's ranks and prints, per process, what it holds (PSS: shared pages divided among their sharers) beside
 what dist-infer allocated in it. The constants in dist_infer/backend.py and launch/backend.py come from here.

@@ -1,4 +1,6 @@
-"""Milliseconds of a decode step in one process, and where they go: `python benchmarks/step.py FILE [--batch 8] [--profile]`.
+"""Milliseconds of a decode step in one process, and where they go.
+
+Run: python benchmarks/step.py FILE [--batch 8] [--profile]
 
 Runs the ranks of the file's plan (tensor 1) without engine, Ray or HTTP. A step of B requests, one token each.
 """
@@ -63,9 +65,10 @@ def main() -> None:
         times.append(1e3 * (time.perf_counter() - started))
     reports = host.stream_reports()
     stall = sum(r.stall_s for r in reports)
+    streamed = sum(r.streamed_bytes_per_pass for r in plan.ranks)
     print(
-        f"batch {arguments.batch}: median {statistics.median(times):.1f} ms a step, stalls {1e3 * stall / (len(times) + 1):.1f} ms"
-        f" a step, {sum(r.streamed_bytes_per_pass for r in plan.ranks) / 1e6:.0f} MB streamed a pass"
+        f"batch {arguments.batch}: median {statistics.median(times):.1f} ms a step, stalls "
+        f"{1e3 * stall / (len(times) + 1):.1f} ms a step, {streamed / 1e6:.0f} MB streamed a pass"
     )
     host.close()
     if arguments.profile:

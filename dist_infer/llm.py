@@ -154,6 +154,8 @@ class LLM:
 
         prompts: (text or None, token ids). All are submitted before the first event; leaving early aborts the rest.
         """
+        for (_, ids), sampling in zip(prompts, params, strict=True):
+            self._loop.check(ids, sampling)  # a bad one is refused before any of them runs
         arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         open_ids: dict[int, str] = {}
         try:

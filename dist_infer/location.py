@@ -8,12 +8,12 @@ from pathlib import Path
 from partition.errors import CheckpointError, ConfigError
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, *, weights: bool = True) -> Path:
     """The local directory or GGUF file of a model.
 
     `package:NAME/FILE` is a file inside an installed Python package (found without importing it). Something that is
-    no local path but looks like `org/model` is a hub id: it is downloaded (safetensors, json and tokenizer files
-    only) with huggingface_hub. Raises ConfigError for a bad reference, CheckpointError when nothing is there.
+    no local path but looks like `org/model` is a hub id: it is downloaded (safetensors if `weights`, json and
+    tokenizer files only) with huggingface_hub. Raises ConfigError for a bad reference, CheckpointError when nothing is there.
     """
     if path.startswith("package:"):
         return _package_file(path)
@@ -29,7 +29,7 @@ def resolve_model(path: str) -> Path:
             f"no model at {path}: model.path is a directory with config.json and safetensors, a GGUF file, "
             "package:NAME/FILE, or a hub id such as org/model"
         )
-    return _hub(path)
+    return _hub(path, weights)
 
 
 def _package_file(reference: str) -> Path:
@@ -56,7 +56,7 @@ def _is_inside(file: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
-def _hub(model_id: str) -> Path:
+def _hub(model_id: str, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -64,9 +64,8 @@ def _hub(model_id: str) -> Path:
             f"{model_id!r} is no local path, so it is taken as a hub id, which needs `pip install huggingface_hub`"
         ) from None
     try:
-        return Path(
-            snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"])
-        )
+        patterns = ["*.json", "tokenizer*", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
     except Exception as error:  # the hub client has many error types; all mean the same here
         raise CheckpointError(
             f"{model_id!r} is no path on this machine, and fetching it from the hub failed: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -54,7 +55,10 @@ def machine_facts(*, with_devices: bool, sample: Path | None = None, dtype: str 
 
 
 def nvidia_devices() -> tuple[DeviceFacts, ...]:
-    """GPUs with the memory that is free on them now; empty where there is no NVIDIA driver."""
+    """GPUs this process may use, with the memory that is free on them now; empty where there is no NVIDIA driver.
+
+    CUDA_VISIBLE_DEVICES is followed where it lists plain numbers, as torch would.
+    """
     import pynvml
 
     try:
@@ -63,13 +67,23 @@ def nvidia_devices() -> tuple[DeviceFacts, ...]:
         return ()
     try:
         devices = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
+        for index in _visible(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             free = pynvml.nvmlDeviceGetMemoryInfo(handle).free
             devices.append(DeviceFacts(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(free)))
         return tuple(devices)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(count: int) -> list[int]:
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return list(range(count))
+    numbers = [part.strip() for part in wanted.split(",") if part.strip()]
+    if not all(number.isdigit() for number in numbers):
+        return list(range(count)) if numbers and not numbers[0].startswith("-") else []
+    return [int(number) for number in numbers if int(number) < count]
 
 
 def _own_bytes() -> int:

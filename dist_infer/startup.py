@@ -55,9 +55,12 @@ class Model:
     eos_token_ids: tuple[int, ...]
 
 
-def open_model(config: RunConfig) -> Model:
-    """Find the model and read its headers. Raises the tree's errors for anything that could not be run right."""
-    path = resolve_model(config.model.path)
+def open_model(config: RunConfig, *, weights: bool = True) -> Model:
+    """Find the model and read its headers. Raises the tree's errors for anything that could not be run right.
+
+    weights: fetch them too, where the model comes from a hub (a plan needs the config alone).
+    """
+    path = resolve_model(config.model.path, weights=weights)
     index = open_checkpoint(path)
     spec = ModelSpec.from_config(index.config)
     cut_axes(spec, config.parallel.tensor)  # a degree the family cannot be cut into ends here
@@ -117,7 +120,7 @@ def store_location(config: RunConfig, model: Model) -> StoreLocation:
         encoding=config.offload.encoding,
         tensor=config.parallel.tensor,
     )
-    directory = store_directory(Path(config.offload.store), model.path.stem, store_key(location))
+    directory = store_directory(Path(config.offload.store), _label(config, model.path), store_key(location))
     return replace(location, directory=str(directory))
 
 
@@ -152,6 +155,13 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
     directory = Path(location.directory)
     report = pack_store(directory, store_key(location), units, tp_ranks, source, forward, planned_bytes=planned)
     return location, report
+
+
+def _label(config: RunConfig, path: Path) -> str:
+    """What people call the model: a hub id's own name (its folder is named by a commit), or the file's or folder's."""
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.name if Path(config.model.path).exists() else config.model.path.rpartition("/")[2]
 
 
 def _stored_dtype(index: CheckpointIndex) -> str:

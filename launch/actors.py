@@ -56,6 +56,3 @@ class RankActor:
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stream_report(self) -> bytes:
         return encode(self._host.stream_reports()[0])
-
-    def close(self) -> None:
-        self._host.close()

@@ -10,6 +10,7 @@ from typing import Any
 from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, LoadProgress, RankSpec
 from dist_infer.config import ClusterConfig
 from dist_infer.engine.executor import Executor
+from dist_infer.messages import decode, encode
 from launch.root_guard import check_one_root
 from partition.errors import ClusterError
 from partition.hardware import HardwareFacts, NodeFacts
@@ -70,7 +71,7 @@ class RayBackend:
             ray.shutdown()
 
     def _start(self, world_size: int) -> None:
-        if self._started:
+        if self._node_addresses:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         embedded = self._config.address is None
@@ -83,6 +84,12 @@ class RayBackend:
 
         Config.initialize("")  # an earlier `import ray` has cached the environment from before
 
+        if embedded and ray.is_initialized():
+            raise ClusterError(
+                "this process is connected to a Ray already, so a new one cannot be started: set cluster.address: auto "
+                "to use it, or call ray.shutdown() first"
+            )
+        already = ray.is_initialized()  # then it is somebody else's to shut down
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         if embedded:
             options |= {
@@ -93,9 +100,10 @@ class RayBackend:
             }
         else:
             options["address"] = self._config.address
-        self._started = True
+        self._started = not already
         try:
-            ray.init(**options)
+            if not already:
+                ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
             raise ClusterError(f"could not reach or start {where}: {error}") from error
@@ -111,20 +119,21 @@ class RayBackend:
             for address in self._node_addresses
         ]
         try:
-            nodes: list[NodeFacts] = ray.get(refs, timeout=_FACTS_TIMEOUT_S)
+            found: list[bytes] = ray.get(refs, timeout=_FACTS_TIMEOUT_S)
         except RayError as error:
             raise ClusterError(f"could not read the facts of the cluster's nodes: {error}") from error
-        return HardwareFacts(nodes=tuple(nodes))
+        return HardwareFacts(nodes=tuple(decode(NodeFacts, data) for data in found))
 
 
 def _node_facts(address: str) -> Any:
     import ray
 
-    def read(with_devices: bool, sample: str | None, dtype: str | None) -> NodeFacts:
+    def read(with_devices: bool, sample: str | None, dtype: str | None) -> bytes:
         check_one_root()
         from dist_infer.machine import machine_facts
 
         there = sample is not None and Path(sample).exists()
-        return machine_facts(with_devices=with_devices, sample=Path(str(sample)) if there else None, dtype=dtype)
+        found = machine_facts(with_devices=with_devices, sample=Path(str(sample)) if there else None, dtype=dtype)
+        return encode(found)
 
     return ray.remote(num_cpus=0, resources={f"node:{address}": 0.001})(read)

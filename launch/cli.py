@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dist_infer.config import GenerateConfig, RunConfig, load_config
-from launch.interrupt import end_on_interrupt
+from launch.interrupt import EXIT_CODE, end_on_interrupt
 from launch.root_guard import check_one_root
 from partition.errors import ConfigError, DistInferError
 
@@ -76,7 +76,7 @@ def plan(
     from partition.plan import plan_to_json
 
     config = load_config(file, overrides or [])
-    model = open_model(config)
+    model = open_model(config, weights=False)
     backend = make_backend(config.cluster, config.name)
     try:
         footprint = backend.footprint(config.parallel.tensor, config.parallel.pipeline)
@@ -232,12 +232,14 @@ def main() -> None:
         try:
             check_one_root()
             code = app(standalone_mode=False) or 0  # what a command raised as typer.Exit comes back as its value
+            if code == EXIT_CODE:
+                print("interrupted", file=sys.stderr)
         except DistInferError as error:
             print(f"error: {error}", file=sys.stderr)
             code = error.exit_code
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # outside of a command; inside, the command-line library turns it into the code
             print("interrupted", file=sys.stderr)
-            code = 130
+            code = EXIT_CODE
         except Exception as error:
             code = _usage_error(error)
     sys.exit(code)

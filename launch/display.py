@@ -46,7 +46,8 @@ class StartDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:  # elsewhere it was never started, and would print an empty line
+            self._bars.stop()
 
     def show(self, progress: Progress) -> None:
         if self._console.is_terminal:
@@ -81,12 +82,13 @@ class AnswerDisplay:
             self._pending[index] = self._pending[index][cut:].lstrip(" \n")
 
     def end(self, index: int, note: str) -> None:
-        if self._pending[index].strip():
-            self._line(index, self._pending[index])
+        self._line(index, self._pending[index])
         self._pending[index] = ""
         self._console.print(f"[{index + 1:>{self._width}}] ({note})", style="dim", highlight=False, markup=False)
 
     def _line(self, index: int, text: str) -> None:
+        if not text.strip():
+            return
         self._console.print(f"[{index + 1:>{self._width}}] {text.rstrip()}", highlight=False, markup=False)
 
 

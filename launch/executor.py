@@ -150,7 +150,9 @@ class RayExecutor:
             counts = ray.get([actor.progress.remote() for actor in self._actors], timeout=_PROGRESS_INTERVAL_S)
         except (GetTimeoutError, RayError):
             return  # the load itself reports what is wrong
-        self._progress(sum(done for done, _ in counts), sum(total for _, total in counts))
+        plans = self._spec.plan.ranks
+        total = sum(unit.tier != "nvme" for rank in plans for unit in rank.units)
+        self._progress(sum(done for done, _ in counts), total)
 
 
 def _brief(error: BaseException) -> str:

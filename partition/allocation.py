@@ -12,7 +12,15 @@ from partition.kv_budget import KvDecision, Pool, decide_kv
 from partition.layout import blob_layout
 from partition.model_spec import ModelSpec
 from partition.placement import HostLimit, host_limits, place_stages
-from partition.plan_data import DTYPE_BYTES, PlanOptions, RankPlan, Tier, UnitPlacement
+from partition.plan_data import (
+    DTYPE_BYTES,
+    SAMPLING_BYTES,
+    SAMPLING_BYTES_PER_LOGIT,
+    PlanOptions,
+    RankPlan,
+    Tier,
+    UnitPlacement,
+)
 from partition.sharding import AxisCut, UnitSpec, cut_axes, local_heads, shard_shape, units_of
 from partition.sizes import format_size
 from partition.stages import cut_stages
@@ -330,8 +338,8 @@ def _tiers(stage: Stage, on_host: TierChoice, on_device: TierChoice | None) -> l
 
 
 def _activation_bytes(work: Work, stage: Stage, tp_rank: int, micro_batches: int) -> int:
-    """An estimate: hidden states of a whole step (in and out), the largest intermediates of one micro-batch, and the
-    logits of every request in float32 on the last stage."""
+    """An estimate: hidden states of a whole step (in and out), the largest intermediates of one micro-batch, and on the
+    last stage logits of every request, with what drawing takes where it happens (tp_rank 0)."""
     spec, dims, size = work.spec, work.spec.dims, DTYPE_BYTES[work.options.dtype]
     tokens = work.max_batch_tokens
     q_heads, kv_heads = local_heads(spec, work.cut, tp_rank)
@@ -341,7 +349,14 @@ def _activation_bytes(work: Work, stage: Stage, tp_rank: int, micro_batches: int
     widest = max(
         attention, mlp, 3 * routed // work.options.tensor + dims.get("experts_per_token", 0) * spec.hidden_size
     )
-    logits = work.max_requests * spec.vocab_size * 4 if "head" in stage.names else 0
+    logits = 0
+    if "head" in stage.names:  # in float32, as they come and joined from the tensor ranks, and what drawing takes
+        drawing = min(SAMPLING_BYTES_PER_LOGIT * work.max_requests * spec.vocab_size, SAMPLING_BYTES)
+        logits = (
+            3 * work.max_requests * spec.vocab_size * 4 + drawing
+            if tp_rank == 0
+            else work.max_requests * (-(-spec.vocab_size // work.options.tensor) * 8)
+        )
     return (
         2 * tokens * micro_batches * spec.hidden_size * size + tokens * (4 * spec.hidden_size + widest) * size + logits
     )

@@ -135,8 +135,8 @@ def _steps_in_flight(work: Work, layout: Layout) -> int:
     """As many as stages, except where stages share a disk: there a second step in flight reads nothing faster, and each
     pass would serve only a part of the requests."""
     own_nodes = len({stage.node for stage in work.stages}) == len(work.stages)
-    all_resident = not any(rank.streamed_bytes_per_pass for rank in layout.ranks)
-    return work.options.pipeline if own_nodes or all_resident else 1
+    no_disk = not any(rank.bytes_in("nvme") for rank in layout.ranks)
+    return work.options.pipeline if own_nodes or no_disk else 1
 
 
 def _predict(work: Work, layout: Layout) -> Prediction:

@@ -8,6 +8,8 @@ from typing import Literal
 from partition.model_spec import ModelSpec
 
 Tier = Literal["device", "host", "nvme"]
+SAMPLING_BYTES_PER_LOGIT = 64  # sort (value, id) and the float64 distribution with its sums
+SAMPLING_BYTES = 16 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 

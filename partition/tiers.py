@@ -70,7 +70,7 @@ def choose_tiers(
 
 
 def minimum_bytes(sizes: UnitSizes, *, slots: int = MIN_SLOTS, pinned_first: Sequence[int] = ()) -> tuple[int, ...]:
-    """Per rank, bytes that always suffice: the whole, or some of `pinned_first` kept and a ring of `slots` for the rest.
+    """Per rank, bytes that always suffice: the whole, or some of `pinned_first` and a ring of `slots` for the rest.
 
     Keeping a large embedding takes less than `slots` buffers of its size.
     """

@@ -400,8 +400,9 @@ def flip(blob: Path) -> None:
 @pytest.mark.parametrize(("pipeline", "unit"), [(1, "layers.3"), (2, "layers.7"), (2, "head"), (1, "embed")])
 def test_a_damaged_unit_ends_the_start_by_name(path: Path, tmp_path: Path, pipeline: int, unit: str) -> None:
     root = store_with_damage(path, tmp_path, unit, pipeline=pipeline)
-    with leaves_nothing(), pytest.raises(StoreError, match=rf"unit '{unit}' in .* is damaged"):
+    with leaves_nothing(), pytest.raises(WorkerError, match=rf"unit '{unit}' in .* is damaged") as caught:
         LLM(run_config(path, root, pipeline=pipeline))
+    assert isinstance(caught.value.__cause__, StoreError)
 
 
 def test_a_unit_that_goes_bad_while_serving_never_becomes_an_answer(path: Path, tmp_path: Path) -> None:

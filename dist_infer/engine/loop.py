@@ -91,10 +91,8 @@ class EngineLoop:
         `request_id` may be used again after its end. Raises ConfigError for a prompt that cannot be run or an id that
         is in use, ClusterError when the engine has failed or is closed; then there is no event.
         """
+        self.check(prompt_token_ids, params)
         prompt_ids = tuple(prompt_token_ids)
-        self._scheduler.token_limit(len(prompt_ids), params.max_tokens)
-        self._check_ids("prompt token ids", prompt_ids)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         with self._wake:
             if self._failure is not None:
@@ -121,6 +119,12 @@ class EngineLoop:
             self._num_submitted += 1
             self._inbox.append(request)
             self._wake.notify()
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """ConfigError if `submit` would refuse this request for what it is; nothing is queued."""
+        self._scheduler.token_limit(len(prompt_token_ids), params.max_tokens)
+        self._check_ids("prompt token ids", prompt_token_ids)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
 
     def abort(self, request_id: str) -> bool:
         """End it with reason "abort"; False when there is no such live request (it may have ended just now)."""

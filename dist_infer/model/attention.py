@@ -40,7 +40,7 @@ class BatchView:
 
     write_positions: torch.Tensor  # [T] pool rows of the new tokens
     spans: tuple[SequenceSpan, ...]
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def mask(self, index: int, rep: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """Boolean [rep*N, C] (True = attend) for span `index`, or None when a single token may see all."""
@@ -48,7 +48,7 @@ class BatchView:
         new = span.end - span.first
         if new == 1 and window is None:
             return None
-        key = (index, window)
+        key = (index, rep, window)
         mask = self.masks.get(key)
         if mask is None:
             query = torch.arange(span.length - new, span.length, device=device)[:, None]
@@ -56,8 +56,8 @@ class BatchView:
             mask = keys <= query
             if window is not None:
                 mask &= keys > query - window
-            self.masks[key] = mask
-        return mask.repeat(rep, 1) if rep > 1 else mask
+            mask = self.masks[key] = mask.repeat(rep, 1)
+        return mask
 
 
 class KVCache:

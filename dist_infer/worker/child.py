@@ -1,19 +1,26 @@
-"""A process of the local executor: `python -m dist_infer.worker.child FD`. It speaks over an inherited socket.
+"""A process of the local executor: `python -m dist_infer.worker.child WORK_FD CONTROL_FD`, two inherited sockets.
 
+Work (set-up, steps) is answered in order on the first; the second asks for figures at any time, also during a step.
 Each message is one frame: a JSON header line, then the body. The parent's death is an end of file, and ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from dist_infer.messages import StepPlan, decode, encode
 from dist_infer.worker.setup import WorkerSetup
+
+if TYPE_CHECKING:  # it imports torch, which takes a second that the parent need not wait for
+    from dist_infer.worker.rank_host import RankHost
 
 
 def pack_frame(kind: str, body: bytes = b"", **fields: object) -> bytes:
@@ -28,9 +35,9 @@ def unpack_frame(data: bytes) -> tuple[dict[str, object], bytes]:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    connection = Connection(int(sys.argv[1]))
+    connection, control = Connection(int(sys.argv[1])), Connection(int(sys.argv[2]))
     try:
-        _serve(connection)
+        _serve(connection, control)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone or has let go
     finally:
@@ -38,7 +45,15 @@ def main() -> None:
         os._exit(0)
 
 
-def _serve(connection: Connection) -> None:
+def _report(control: Connection, host: RankHost) -> None:
+    """Answer every frame on `control` with the ranks' stream reports, until the parent closes it."""
+    with contextlib.suppress(EOFError, OSError):
+        while control.recv_bytes():
+            reports = [encode(report).decode() for report in host.stream_reports()]
+            control.send_bytes(json.dumps(reports).encode())
+
+
+def _serve(connection: Connection, control: Connection) -> None:
     from dist_infer.worker.rank_host import RankHost
 
     host: RankHost | None = None
@@ -47,6 +62,7 @@ def _serve(connection: Connection) -> None:
         try:
             if fields["kind"] == "setup":
                 host = RankHost(decode(WorkerSetup, body))
+                threading.Thread(target=_report, args=(control, host), daemon=True).start()
                 connection.send_bytes(pack_frame("ok"))
             elif fields["kind"] == "close":
                 raise EOFError
@@ -67,9 +83,6 @@ def _serve(connection: Connection) -> None:
             elif fields["kind"] == "step":
                 result = host.step(decode(StepPlan, body))
                 connection.send_bytes(pack_frame("step", encode(result) if result is not None else b""))
-            elif fields["kind"] == "stream_reports":
-                stream = [encode(report).decode() for report in host.stream_reports()]
-                connection.send_bytes(pack_frame("ok", json.dumps(stream).encode()))
             else:
                 raise RuntimeError(f"unknown message {fields['kind']!r}")
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -90,22 +90,33 @@ class StageLink:
 
 
 def bind_rendezvous(host: str, world_size: int, timeout_s: float) -> tuple[TCPStore, int]:
-    """Rank 0 binds a free port on `host` and publishes it; the returned store must stay alive."""
+    """Rank 0 binds a free port on `host` and publishes it; the returned store must stay alive.
+
+    The socket is ours: left to itself the store would listen on every interface.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(world_size * 2)
+    port = int(listener.getsockname()[1])
     store = TCPStore(
-        host, 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
-    )
-    return store, store.port
-
-
-def join_rendezvous(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
-    return TCPStore(
         host,
         port,
         world_size,
-        is_master=False,
+        is_master=True,
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),  # the store closes it
     )
+    return store, port
+
+
+def join_rendezvous(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+    """Raises ClusterError when nobody answers there in time."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        return TCPStore(host, port, world_size, is_master=False, wait_for_workers=False, timeout=timeout)
+    except (RuntimeError, dist.DistError) as error:
+        raise ClusterError(f"no answer from rank 0 at {host}, port {port}: {error}") from error
 
 
 def connect(

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from dist_infer.worker.setup import WorkerSetup
 from partition.errors import ClusterError, WorkerError
 
 LoadProgress = Callable[[int, int], None]
+_REPORT_TIMEOUT_S = 30.0
 
 
 class InProcessExecutor:
@@ -49,6 +51,8 @@ class InProcessExecutor:
             raise ClusterError(
                 f"loading took longer than cluster.start_timeout ({self._start_timeout_s:.0f} s)"
             ) from None
+        except Exception as error:
+            raise WorkerError(f"loading failed: {type(error).__name__}: {error}", rank=0) from error
 
     def submit(self, plan: StepPlan) -> None:
         host = self._host
@@ -57,6 +61,8 @@ class InProcessExecutor:
         self._steps.append((plan.step_id, self._thread.submit(host.step, plan)))
 
     def collect(self, timeout_s: float) -> StepResult:
+        if not self._steps or self._closed:
+            raise ClusterError("the executor was closed")
         step_id, future = self._steps[0]
         try:
             result = future.result(timeout_s)
@@ -84,7 +90,8 @@ class InProcessExecutor:
 @dataclass
 class _Child:
     process: subprocess.Popen[bytes]
-    connection: Connection
+    connection: Connection  # set-up and steps: the engine's thread alone
+    control: Connection  # figures: any thread, one at a time
     tp_rank: int
 
 
@@ -95,6 +102,7 @@ class SpawnedExecutor:
         self._setups, self._start_timeout_s, self._progress = tuple(setups), start_timeout_s, progress
         self._children: list[_Child] = []
         self._in_flight: deque[int] = deque()
+        self._asking = threading.Lock()
 
     def start(self) -> tuple[WorkerReport, ...]:
         deadline = time.monotonic() + self._start_timeout_s
@@ -111,7 +119,8 @@ class SpawnedExecutor:
         for child in self._children:
             child.connection.send_bytes(pack_frame("load"))
         bodies = [body for _, body in self._answers(deadline)]
-        return tuple(decode(WorkerReport, text.encode()) for body in bodies for text in json.loads(body))
+        reports = [decode(WorkerReport, text.encode()) for body in bodies for text in json.loads(body)]
+        return tuple(sorted(reports, key=lambda report: report.rank))
 
     def submit(self, plan: StepPlan) -> None:
         data = pack_frame("step", encode(plan))
@@ -128,10 +137,17 @@ class SpawnedExecutor:
         return decode(StepResult, next(body for _, body in answers if body))
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
-        for child in self._children:
-            child.connection.send_bytes(pack_frame("stream_reports"))
-        bodies = [body for _, body in self._answers(time.monotonic() + 30)]
-        return tuple(decode(StreamReport, text.encode()) for body in bodies for text in json.loads(body))
+        reports: list[StreamReport] = []
+        with self._asking:
+            for child in self._children:
+                try:
+                    child.control.send_bytes(b"report")
+                    if not child.control.poll(_REPORT_TIMEOUT_S):
+                        raise ClusterError(f"no report from tensor rank {child.tp_rank} in {_REPORT_TIMEOUT_S:.0f} s")
+                    reports += [decode(StreamReport, text.encode()) for text in json.loads(child.control.recv_bytes())]
+                except (EOFError, OSError):
+                    raise self._death(child) from None
+        return tuple(sorted(reports, key=lambda report: report.rank))
 
     def close(self) -> None:
         """Ends the children: a message asks, a kill after two seconds insists. A `collect` elsewhere sees them go."""
@@ -146,6 +162,7 @@ class SpawnedExecutor:
                 child.process.kill()
                 child.process.wait(5)
             child.connection.close()
+            child.control.close()
         self._children = []
 
     def _answers(
@@ -190,6 +207,8 @@ class SpawnedExecutor:
 def _spawn(tp_rank: int, threads: int) -> _Child:
     """A fresh interpreter on this one's import path; no fork (threads), no re-import of the user's main module."""
     ours, theirs = socket.socketpair()
+    our_control, their_control = socket.socketpair()
+    fds = [theirs.fileno(), their_control.fileno()]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -197,11 +216,12 @@ def _spawn(tp_rank: int, threads: int) -> _Child:
     }
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dist_infer.worker.child", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "dist_infer.worker.child", *map(str, fds)],
+            pass_fds=fds,
             env=environment,
             stdin=subprocess.DEVNULL,
         )
     finally:
         theirs.close()
-    return _Child(process, Connection(ours.detach()), tp_rank)
+        their_control.close()
+    return _Child(process, Connection(ours.detach()), Connection(our_control.detach()), tp_rank)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_infer.messages import SampledToken, SamplingSpec
+from partition.plan_data import SAMPLING_BYTES, SAMPLING_BYTES_PER_LOGIT
 
 _MASK = (1 << 64) - 1
 
@@ -57,7 +58,19 @@ def sample(
 def _draw(
     logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int], temperature: torch.Tensor
 ) -> torch.Tensor:
-    """[B] drawn ids. Filters in the usual order: temperature, top_k, top_p."""
+    """[B] drawn ids, some rows at a time so that the copies made on the way stay within SAMPLING_BYTES."""
+    rows = max(1, SAMPLING_BYTES // (SAMPLING_BYTES_PER_LOGIT * logits.shape[-1]))
+    parts = [
+        _draw_rows(logits[i : i + rows], specs[i : i + rows], positions[i : i + rows], temperature[i : i + rows])
+        for i in range(0, len(specs), rows)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _draw_rows(
+    logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int], temperature: torch.Tensor
+) -> torch.Tensor:
+    """Filters in the usual order: temperature, top_k, top_p."""
     vocab = logits.shape[-1]
     scaled = logits / temperature.clamp(min=1e-6)[:, None]
     # Stable, so that ties fall the same way on every machine and in every batch.

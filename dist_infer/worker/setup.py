@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # it imports torch, which making a plan does not need
-    from offload.format import StoreKey
+from offload.format import StoreKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,6 @@ class WorkerSetup:
 
 def store_key(location: StoreLocation) -> StoreKey:
     """The key as offload knows it."""
-    from offload.format import StoreKey
-
     return StoreKey(
         fingerprint=location.fingerprint,
         model_type=location.model_type,

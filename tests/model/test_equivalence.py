@@ -80,7 +80,7 @@ def test_tokens_and_logprobs_equal_transformers(
     tiny_checkpoint: Callable[..., Path],
     store_root: Path,
 ) -> None:
-    """Guards sharding (uneven KV groups, packed experts), stage cuts, chunked prefill, ragged decode, paged attention."""
+    """Guards sharding (uneven KV groups, packed experts), stage cuts, chunked prefill, ragged decode, paging."""
     path = tiny_checkpoint(model_type)
     tokens, logits = reference(path)
     config = run_config(path, store_root, streamed=streamed, tensor=tensor, pipeline=pipeline)

@@ -1,4 +1,4 @@
-"""A Ray run ends as it should: interrupted in any phase, a rank killed, a damaged store, a deadline. Nothing is left."""
+"""A Ray run ends as it should: interrupted, a rank killed, a damaged store, a deadline. Nothing is left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARK = "DIST_INFER_TEST_MARK"
 
 
 class Run:
-    """`dist-infer launch` as a shell starts it: its own process group, and a mark in the environment of all children."""
+    """`dist-infer launch` as a shell starts it: its own process group, its children marked."""
 
     def __init__(self, file: Path, *arguments: str) -> None:
         self.mark = uuid.uuid4().hex

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from demo_model import QUESTIONS, SMOLLM2
+
 from dist_infer import LLM, SamplingParams
 
 NEW_TOKENS = 64
