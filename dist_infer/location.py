@@ -13,7 +13,8 @@ def resolve_model(path: str, *, weights: bool = True) -> Path:
 
     `package:NAME/FILE` is a file inside an installed Python package (found without importing it). Something that is
     no local path but looks like `org/model` is a hub id: it is downloaded (safetensors if `weights`, json and
-    tokenizer files only) with huggingface_hub. Raises ConfigError for a bad reference, CheckpointError when nothing is there.
+    tokenizer files only) with huggingface_hub. Raises ConfigError for a bad reference, CheckpointError when there is
+    nothing.
     """
     if path.startswith("package:"):
         return _package_file(path)
