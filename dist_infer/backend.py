@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from dist_infer.config import ClusterConfig
 from dist_infer.engine.executor import Executor
 from dist_infer.worker.setup import StoreLocation, WorkerSetup
+from offload.machine import cores
 from partition.errors import ConfigError
 from partition.hardware import HardwareFacts
 from partition.plan import Plan, plan_to_json
@@ -96,7 +97,7 @@ class LocalBackend:
 
         plan, timeout = spec.plan, self._config.start_timeout
         # Stages of one process compute one after the other: each may use what its process may use.
-        threads = max(rank.threads for rank in plan.ranks) * plan.pipeline
+        threads = min(max(rank.threads for rank in plan.ranks) * plan.pipeline, max(1, cores() // plan.tensor))
         if plan.tensor == 1:
             ranks = tuple(range(plan.pipeline))
             setup = spec.setup(ranks, _devices(plan, ranks), threads)

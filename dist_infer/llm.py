@@ -159,16 +159,17 @@ class LLM:
         arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         open_ids: dict[int, str] = {}
         try:
-            for index, ((text, ids), sampling) in enumerate(zip(prompts, params, strict=True)):
-                request_id = f"request-{next(self._ids)}"
-                self._loop.submit(
-                    request_id,
-                    ids,
-                    text,
-                    sampling,
-                    lambda event, index=index: arrived.put((index, event)),  # type: ignore[misc]
-                )
-                open_ids[index] = request_id
+            with self._loop.together():
+                for index, ((text, ids), sampling) in enumerate(zip(prompts, params, strict=True)):
+                    request_id = f"request-{next(self._ids)}"
+                    self._loop.submit(
+                        request_id,
+                        ids,
+                        text,
+                        sampling,
+                        lambda event, index=index: arrived.put((index, event)),  # type: ignore[misc]
+                    )
+                    open_ids[index] = request_id
             while open_ids:
                 try:
                     index, event = arrived.get(timeout=_EVENT_POLL_S)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+from typing import TYPE_CHECKING
 
 import ray
 
 from dist_infer.messages import StepPlan, decode, encode
-from dist_infer.worker.rank_host import RankHost
 from dist_infer.worker.setup import WorkerSetup
 from launch.root_guard import check_one_root
+
+if TYPE_CHECKING:  # it imports torch and transformers, which the driver need not wait for
+    from dist_infer.worker.rank_host import RankHost
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=1, concurrency_groups={"control": 1})
@@ -20,7 +23,9 @@ class RankActor:
 
     def __init__(self, setup: bytes) -> None:
         check_one_root()
-        self._host = RankHost(decode(WorkerSetup, setup))
+        from dist_infer.worker.rank_host import RankHost
+
+        self._host: RankHost = RankHost(decode(WorkerSetup, setup))
         self._progress = (0, 0)
 
     def whoami(self) -> tuple[str, int, str]:

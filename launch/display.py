@@ -15,6 +15,7 @@ from dist_infer.messages import WorkerReport
 from dist_infer.startup import Progress
 from dist_infer.summary import RunSummary
 from partition.plan import Plan
+from partition.plan_data import RankPlan
 from partition.sizes import format_size
 
 _PLAIN_WIDTH = 120
@@ -117,11 +118,16 @@ def plan_table(plan: Plan) -> Table:
             format_size(rank.bytes_in("device")),
             format_size(rank.bytes_in("host")),
             format_size(rank.bytes_in("nvme")),
-            f"{rank.num_slots} × {format_size(rank.slot_bytes)}",
+            _slots(rank),
             format_size(rank.kv_bytes),
             format_size(rank.activation_bytes),
         )
     return table
+
+
+def _slots(rank: RankPlan) -> str:
+    on_device = f" + {rank.num_device_slots}" if rank.num_device_slots else ""
+    return f"{rank.num_slots}{on_device} × {format_size(rank.slot_bytes)}"
 
 
 def plan_notes(plan: Plan) -> list[str]:

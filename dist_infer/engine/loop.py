@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dist_infer.engine.executor import Executor
@@ -119,6 +120,12 @@ class EngineLoop:
             self._num_submitted += 1
             self._inbox.append(request)
             self._wake.notify()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Requests submitted within are seen by the engine at once: their prompts share the first step."""
+        with self._wake:
+            yield
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """ConfigError if `submit` would refuse this request for what it is; nothing is queued."""

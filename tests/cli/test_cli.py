@@ -115,9 +115,9 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout_s
 def write_run(tmp_path: Path) -> WriteRun:
     """write_run(model, **sections): a run file for this machine's processor, store beside it."""
 
-    def write(model: str | Path, **sections: Any) -> Path:
+    def write(path: str | Path, /, **sections: Any) -> Path:
         content: dict[str, Any] = {
-            "model": {"path": str(model)},
+            "model": {"path": str(path)},
             "offload": {"store": "stores"},
             "cluster": {"device": "cpu"},
             "engine": {"max_model_len": 64, "kv_memory": "1 MiB", "max_requests": 4},

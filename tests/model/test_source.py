@@ -84,6 +84,19 @@ def test_shards_put_together_are_the_checkpoint(
         assert torch.equal(values, expected[name]), name
 
 
+def test_a_bias_that_is_summed_lies_on_one_rank_only(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Two ranks that both add it would add it twice."""
+    source, spec = source_of(tiny_checkpoint("llama", attention_bias=True, mlp_bias=True), 2)
+    stored = load_file(tiny_checkpoint("llama", attention_bias=True, mlp_bias=True) / "model.safetensors")
+    first, second = source.load_unit("layers.2")
+    for name in ("model.layers.2.self_attn.o_proj.bias", "model.layers.2.mlp.down_proj.bias"):
+        assert torch.equal(first[name], stored[name])
+        assert float(second[name].abs().max()) == 0
+    name = "model.layers.2.self_attn.q_proj.bias"
+    assert torch.equal(torch.cat([first[name], second[name]]), stored[name])
+    assert put_together(source, spec, 2).keys() == stored.keys()
+
+
 def test_ranks_hold_consecutive_whole_heads(tiny_checkpoint: Callable[..., Path]) -> None:
     """Without the tables of partition: 9 heads of 8 in 3 groups give 6 and 3 heads, and matching columns of o_proj."""
     path = tiny_checkpoint("llama")

@@ -1,0 +1,17 @@
+"""Where the command `dist-infer` starts: before anything of ours is imported, the guard looks whether it is ours."""
+
+from __future__ import annotations
+
+import sys
+
+from launch.root_guard import find_intruder
+
+
+def main() -> None:
+    """Ends like `launch.cli.main`, with its exit codes."""
+    if (intruder := find_intruder()) is not None:
+        print(f"error: {intruder}", file=sys.stderr)
+        sys.exit(2)
+    from launch.cli import main as run_command_line
+
+    run_command_line()
