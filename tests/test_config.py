@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -385,6 +385,7 @@ _JUNK = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(_KEYS, _JUNK, max_size=5))
 @example({"model": {"path": "x" * 5000}})
 @example({"model": {"path": "a\0b"}, "offload": {"store": "a\0b"}})
@@ -396,6 +397,7 @@ def test_a_mapping_is_understood_or_refused(source: dict[Any, Any]) -> None:
         load_config(source)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(_KNOWN) | st.text(max_size=4), min_size=1, max_size=3), st.text(max_size=12) | _WORDS)
 def test_an_override_is_understood_or_refused(names: list[str], value: str) -> None:
     with suppress(ConfigError):

@@ -456,7 +456,7 @@ def test_a_killed_rank_is_an_error_and_no_hang(path: Path, store_root: Path, vic
         started = time.monotonic()
         children[victim].kill()
         ends = [event for _, event in events if not isinstance(event, TokenEvent)]
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20  # without it: 30
         assert len(ends) == 3
         for end in ends:
             assert "signal 9" in str(end.error) or "tensor rank" in str(end.error)
@@ -473,5 +473,5 @@ def test_a_rank_that_falls_silent_is_an_error_within_the_step_timeout(path: Path
         started = time.monotonic()
         os.kill(child.pid, signal.SIGSTOP)
         (end,) = [event for _, event in events if not isinstance(event, TokenEvent)]
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 20  # without it: 30
         assert isinstance(end.error, ClusterError)

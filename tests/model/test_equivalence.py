@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from logits_spy import captured_logits
 from transformers import AutoModelForCausalLM
 
 from dist_infer import LLM, SamplingParams, load_config
 from dist_infer.backend import make_backend
 from dist_infer.startup import open_model, plan_run
-from dist_infer.worker import stage_runner
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "mixtral")
 PROMPTS = [[(7 * i + 3 * k) % 157 + 3 for i in range(n)] for k, n in enumerate((21, 3, 9))]
@@ -100,21 +100,6 @@ def test_tokens_and_logprobs_equal_transformers(
                 assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
 
 
-def captured_logits(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Every logits tensor that reaches the sampler of an in-process run, in order."""
-    seen: list[torch.Tensor] = []
-    sample = stage_runner.sample
-
-    def spy(logits: torch.Tensor, *rest: Any) -> Any:
-        seen.append(logits.clone())
-        return sample(logits, *rest)
-
-    with monkeypatch.context() as patch, LLM(config) as llm:
-        patch.setattr(stage_runner, "sample", spy)
-        llm.generate(PROMPTS, SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True))
-    return seen
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tier_and_stage_cut_change_no_bit(
@@ -130,20 +115,12 @@ def test_tier_and_stage_cut_change_no_bit(
     for pipeline, streamed in itertools.product((1, 2), (False, True)):
         config = run_config(path, store_root, streamed=streamed, pipeline=pipeline)
         config["model"]["dtype"] = dtype
-        # The same steps for all: how many micro-batches and steps in flight there are depends on what is streamed.
-        monkeypatch.setattr("dist_infer.llm.SchedulerConfig", _one_step_at_a_time)
-        runs[pipeline, streamed] = captured_logits(config, monkeypatch)
+        runs[pipeline, streamed] = captured_logits(config, PROMPTS, NEW_TOKENS, monkeypatch)
     baseline = runs.pop((1, False))
     assert len(baseline) > NEW_TOKENS
     for cut, found in runs.items():
         assert len(found) == len(baseline), cut
         assert all(torch.equal(a, b) for a, b in zip(found, baseline, strict=True)), cut
-
-
-def _one_step_at_a_time(**values: Any) -> Any:
-    from dist_infer.engine.scheduler import SchedulerConfig
-
-    return SchedulerConfig(**{**values, "max_steps_in_flight": 1, "max_micro_batches": 2})
 
 
 def test_logits_equal_eager(
@@ -155,7 +132,7 @@ def test_logits_equal_eager(
         _, logits = reference(path)
         config = run_config(path, store_root, streamed=True, pipeline=2)
         config["engine"]["max_requests"] = 1
-        found = torch.cat(captured_logits(config, monkeypatch))
+        found = torch.cat(captured_logits(config, PROMPTS, NEW_TOKENS, monkeypatch))
         wanted = torch.cat(logits)
         error = (found - wanted).abs().max() / wanted.abs().max()
         assert error < 1e-5, f"{model_type}: {error:.1e}"

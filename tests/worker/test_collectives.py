@@ -114,7 +114,7 @@ def test_a_silent_peer_is_an_error_within_the_timeout(what: str, how: str) -> No
     with processes(script, tensor=2, timeout_s=3) as (first, _):
         word, seconds = output(first).split()
     assert word == "error"
-    assert int(seconds) <= 6
+    assert int(seconds) <= 15  # the process group would wait for minutes
 
 
 def test_a_stage_whose_sender_is_silent_gets_an_error_within_the_timeout() -> None:

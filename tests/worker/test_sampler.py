@@ -87,7 +87,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert set(draws(logits, SamplingSpec(temperature=5.0), 400)) == {1, 3}
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12),
     st.floats(0.05, 5),
@@ -143,6 +143,7 @@ def test_filtered_draws_follow_the_renormalised_rest() -> None:
     assert float(((found - expected) ** 2 / expected).sum()) < CHI_SQUARE_999[2]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**31))
 def test_uniform_is_a_number_below_one(seed: int, position: int) -> None:
     assert 0 <= uniform(seed, position) < 1
