@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from partition.errors import BudgetError, ConfigError
 from partition.hardware import HardwareFacts
-from partition.kv_budget import KvDecision, Pool, decide_kv
+from partition.kv_budget import DEFAULT_MAX_MODEL_LEN, KvDecision, Pool, decide_kv
 from partition.layout import blob_layout
 from partition.model_spec import ModelSpec
 from partition.placement import HostLimit, host_limits, place_stages
 from partition.plan_data import (
+    ATTENTION_BYTES_PER_SCORE,
+    ATTENTION_SCORES,
     DTYPE_BYTES,
     SAMPLING_BYTES,
     SAMPLING_BYTES_PER_LOGIT,
@@ -338,8 +340,8 @@ def _tiers(stage: Stage, on_host: TierChoice, on_device: TierChoice | None) -> l
 
 
 def _activation_bytes(work: Work, stage: Stage, tp_rank: int, micro_batches: int) -> int:
-    """An estimate: hidden states of a whole step (in and out), the largest intermediates of one micro-batch, and on the
-    last stage logits of every request, with what drawing takes where it happens (tp_rank 0)."""
+    """An estimate: hidden states of a whole step (in and out), the largest intermediates of one micro-batch (attention
+    scores in bounded slices), on the last stage logits of every request, and on its tp_rank 0 what drawing takes."""
     spec, dims, size = work.spec, work.spec.dims, DTYPE_BYTES[work.options.dtype]
     tokens = work.max_batch_tokens
     q_heads, kv_heads = local_heads(spec, work.cut, tp_rank)
@@ -357,6 +359,8 @@ def _activation_bytes(work: Work, stage: Stage, tp_rank: int, micro_batches: int
             if tp_rank == 0
             else work.max_requests * (-(-spec.vocab_size // work.options.tensor) * 8)
         )
-    return (
+    longest = work.options.max_model_len or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
+    scores = min(ATTENTION_SCORES, tokens * longest * max(1, q_heads // max(1, kv_heads)))
+    return ATTENTION_BYTES_PER_SCORE * scores + (
         2 * tokens * micro_batches * spec.hidden_size * size + tokens * (4 * spec.hidden_size + widest) * size + logits
     )

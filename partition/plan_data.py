@@ -10,6 +10,8 @@ from partition.model_spec import ModelSpec
 Tier = Literal["device", "host", "nvme"]
 SAMPLING_BYTES_PER_LOGIT = 64  # sort (value, id) and the float64 distribution with its sums
 SAMPLING_BYTES = 16 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
+ATTENTION_SCORES = 1 << 20  # query rows × keys of one attention call; long prompts are attended in slices of rows
+ATTENTION_BYTES_PER_SCORE = 8  # the mask, as bool and as float
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 

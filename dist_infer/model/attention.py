@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from partition.plan_data import ATTENTION_SCORES
+
 NAME = "dist_infer_paged"
+MAX_SCORES = ATTENTION_SCORES  # of one call, query rows × keys: what masks and explicit scores may take
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class BatchView:
     spans: tuple[SequenceSpan, ...]
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, index: int, rep: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Boolean [rep*N, C] (True = attend) for span `index`, or None when a single token may see all."""
+    def mask(self, index: int, rows: slice, rep: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """Boolean [rep*n, C'] (True = attend) for `rows` (n of N new tokens) of span `index`, C' keys up to the last.
+
+        None when a single token may see all. Kept for the other layers where the span is one slice.
+        """
         span = self.spans[index]
         new = span.end - span.first
         if new == 1 and window is None:
@@ -51,12 +57,15 @@ class BatchView:
         key = (index, rep, window)
         mask = self.masks.get(key)
         if mask is None:
-            query = torch.arange(span.length - new, span.length, device=device)[:, None]
-            keys = torch.arange(span.length, device=device)[None]
+            first = span.length - new
+            query = torch.arange(first + rows.start, first + rows.stop, device=device)[:, None]
+            keys = torch.arange(first + rows.stop, device=device)[None]
             mask = keys <= query
             if window is not None:
                 mask &= keys > query - window
-            mask = self.masks[key] = mask.repeat(rep, 1)
+            mask = mask.repeat(rep, 1)
+            if rows.stop - rows.start == new:
+                self.masks[key] = mask
         return mask
 
 
@@ -140,22 +149,26 @@ def paged_attention(
     outputs = []
     for index, span in enumerate(batch.spans):
         new = span.end - span.first
-        # Query heads of one KV group are folded into the rows, so that K and V are never repeated.
-        q = query[0, :, span.first : span.end].reshape(1, num_kv_heads, rep * new, query.shape[-1])
-        if new == 1 and sliding_window is not None and span.length > sliding_window:
-            positions = _tail(span, sliding_window)
-            mask = None
-        else:
-            positions = span.positions
-            window = None if new == 1 else sliding_window
-            mask = batch.mask(index, rep, window, query.device)
+        alone = new == 1 and sliding_window is not None and span.length > sliding_window
+        positions = _tail(span, sliding_window or 0) if alone else span.positions
+        window = None if new == 1 else sliding_window
         k = key_pool[positions].transpose(0, 1)[None]
         v = value_pool[positions].transpose(0, 1)[None]
-        if softcap is None and s_aux is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        else:
-            out = _explicit_attention(q, k, v, mask, scale, softcap, s_aux, rep)
-        outputs.append(out.reshape(num_query_heads, new, value.shape[-1]))
+        step = max(1, MAX_SCORES // (rep * span.length))
+        for start in range(0, new, step):
+            rows = slice(start, min(start + step, new))
+            # Query heads of one KV group are folded into the rows, so that K and V are never repeated.
+            q = query[0, :, span.first + rows.start : span.first + rows.stop]
+            q = q.reshape(1, num_kv_heads, rep * q.shape[1], q.shape[-1])
+            mask = batch.mask(index, rows, rep, window, query.device)
+            num_keys = k.shape[2] - (new - rows.stop)
+            if softcap is None and s_aux is None:
+                out = scaled_dot_product_attention(
+                    q, k[:, :, :num_keys], v[:, :, :num_keys], attn_mask=mask, scale=scale
+                )
+            else:
+                out = _explicit_attention(q, k[:, :, :num_keys], v[:, :, :num_keys], mask, scale, softcap, s_aux, rep)
+            outputs.append(out.reshape(num_query_heads, rows.stop - rows.start, value.shape[-1]))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined.transpose(0, 1)[None], None
 

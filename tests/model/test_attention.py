@@ -166,6 +166,13 @@ def test_equals_plain_attention_for_any_shape(
     compare(lengths, chunks, heads=(groups * rep, groups), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0, "with_sinks": True}], ids=str)
+def test_long_prompts_are_attended_in_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of one call are bounded (MAX_SCORES), whatever the chunk; each slice sees its own past only."""
+    monkeypatch.setattr("dist_infer.model.attention.MAX_SCORES", 30)
+    compare([11, 6], [7, 3], scattered=True, **options)
+
+
 def test_rows_of_other_sequences_are_left_alone() -> None:
     cache = KVCache([3], 8, 1, 2, 2, torch.float32, CPU)
     view = BatchView(torch.tensor([5]), (SequenceSpan(0, 1, 1, slice(5, 6)),))
