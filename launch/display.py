@@ -48,7 +48,6 @@ class StartDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._console.is_terminal:  # elsewhere it was never started, and would print an empty line
-            if self._console.is_terminal:
             self._bars.stop()
 
     def show(self, progress: Progress) -> None:
