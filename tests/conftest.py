@@ -13,12 +13,34 @@ import pytest
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
 _TINY: dict[str, dict[str, Any]] = {
     # 9 query heads in 3 KV groups, like the demo model: two tensor ranks cannot get the same number
     "llama": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "head_dim": 8},
     "qwen3": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "layer_types": None},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16},
+    "cohere2": {"sliding_window": 4},
+    "glm4": {"head_dim": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
 }
 
 

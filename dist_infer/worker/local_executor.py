@@ -109,15 +109,15 @@ class SpawnedExecutor:
         for tp_rank, setup in enumerate(self._setups):
             self._children.append(_spawn(tp_rank, setup.threads))
         for child, setup in zip(self._children, self._setups, strict=True):
-            child.connection.send_bytes(pack_frame("setup", encode(setup)))
+            self._tell(child, pack_frame("setup", encode(setup)))
         self._answers(deadline)
-        self._children[0].connection.send_bytes(pack_frame("bind"))
+        self._tell(self._children[0], pack_frame("bind"))
         port = self._answers(deadline, self._children[:1])[0][0]["port"]
         for child in self._children:
-            child.connection.send_bytes(pack_frame("connect", port=port))
+            self._tell(child, pack_frame("connect", port=port))
         self._answers(deadline)
         for child in self._children:
-            child.connection.send_bytes(pack_frame("load"))
+            self._tell(child, pack_frame("load"))
         bodies = [body for _, body in self._answers(deadline)]
         reports = [decode(WorkerReport, text.encode()) for body in bodies for text in json.loads(body)]
         return tuple(sorted(reports, key=lambda report: report.rank))
@@ -125,10 +125,7 @@ class SpawnedExecutor:
     def submit(self, plan: StepPlan) -> None:
         data = pack_frame("step", encode(plan))
         for child in self._children:
-            try:
-                child.connection.send_bytes(data)
-            except OSError:
-                raise self._death(child) from None
+            self._tell(child, data)
         self._in_flight.append(plan.step_id)
 
     def collect(self, timeout_s: float) -> StepResult:
@@ -195,6 +192,12 @@ class SpawnedExecutor:
                 answers[child.tp_rank] = (fields, body)
                 del waiting[child.connection]
         return [answers[rank] for rank in sorted(answers)]
+
+    def _tell(self, child: _Child, frame: bytes) -> None:
+        try:
+            child.connection.send_bytes(frame)
+        except OSError:
+            raise self._death(child) from None
 
     def _death(self, child: _Child) -> WorkerError:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -61,8 +61,8 @@ class RankHost:
         """Build the stages and read their resident units. progress(units read, units to read)."""
         if not self._alone and self._store is None:
             raise RuntimeError("connect before load")
-        placed = zip(self._setup.ranks, self._setup.devices, strict=True)
-        self._stages = [StageRunner(self._setup, self._plan, rank, device, self._group) for rank, device in placed]
+        for rank, device in zip(self._setup.ranks, self._setup.devices, strict=True):
+            self._stages.append(StageRunner(self._setup, self._plan, rank, device, self._group))
         done_before, total = 0, sum(_num_resident(stage) for stage in self._stages)
         for stage in self._stages:
             before = done_before

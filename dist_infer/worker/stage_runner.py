@@ -61,17 +61,21 @@ class StageRunner:
         manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
         entries = {blob.unit: blob for blob in manifest.blobs if blob.tp_rank == ours.tp_rank}
         self._reader = ThreadReader()
-        self._streamer = Streamer(
-            directory=Path(setup.store.directory),
-            blobs=[entries[name] for name in self._units],
-            tiers=[unit.tier for unit in ours.units],
-            reader=self._reader,
-            num_slots=ours.num_slots,
-            num_device_slots=ours.num_device_slots,
-            device=device,
-            verify=setup.verify,
-            read_timeout_s=setup.step_timeout_s,
-        )
+        try:
+            self._streamer = Streamer(
+                directory=Path(setup.store.directory),
+                blobs=[entries[name] for name in self._units],
+                tiers=[unit.tier for unit in ours.units],
+                reader=self._reader,
+                num_slots=ours.num_slots,
+                num_device_slots=ours.num_device_slots,
+                device=device,
+                verify=setup.verify,
+                read_timeout_s=setup.step_timeout_s,
+            )
+        except BaseException:
+            self._reader.close()  # its threads have no other owner yet
+            raise
         self._checked_layers = False
         self._group = group
         self._busy_s = 0.0

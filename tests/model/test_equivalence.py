@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from dist_infer import LLM, SamplingParams, load_config
 from dist_infer.backend import make_backend
 from dist_infer.startup import open_model, plan_run
+from partition.families import family_table
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "mixtral")
+OTHERS = tuple(sorted(family_table().keys() - set(FAMILIES)))  # a family in the table is a promise
 PROMPTS = [[(7 * i + 3 * k) % 157 + 3 for i in range(n)] for k, n in enumerate((21, 3, 9))]
 NEW_TOKENS = 10
 
@@ -81,6 +83,33 @@ def test_tokens_and_logprobs_equal_transformers(
     store_root: Path,
 ) -> None:
     """Guards sharding (uneven KV groups, packed experts), stage cuts, chunked prefill, ragged decode, paging."""
+    assert_equal_to_transformers(model_type, tensor, pipeline, streamed, tiny_checkpoint, store_root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", OTHERS)
+@pytest.mark.parametrize(("tensor", "pipeline", "streamed"), [(1, 2, True), (2, 1, False)], ids=str)
+def test_every_accepted_family_equals_transformers(
+    model_type: str,
+    tensor: int,
+    pipeline: int,
+    streamed: bool,
+    tiny_checkpoint: Callable[..., Path],
+    store_root: Path,
+) -> None:
+    """What is not refused by name gives the numbers that transformers gives."""
+    assert_equal_to_transformers(model_type, tensor, pipeline, streamed, tiny_checkpoint, store_root)
+
+
+def assert_equal_to_transformers(
+    model_type: str,
+    tensor: int,
+    pipeline: int,
+    streamed: bool,
+    tiny_checkpoint: Callable[..., Path],
+    store_root: Path,
+) -> None:
+    """Greedy tokens, and the log-probabilities of the five likeliest at each."""
     path = tiny_checkpoint(model_type)
     tokens, logits = reference(path)
     config = run_config(path, store_root, streamed=streamed, tensor=tensor, pipeline=pipeline)
