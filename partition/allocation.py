@@ -26,7 +26,7 @@ from partition.plan_data import (
 from partition.sharding import AxisCut, UnitSpec, cut_axes, local_heads, shard_shape, units_of
 from partition.sizes import format_size
 from partition.stages import cut_stages
-from partition.tiers import DEFAULT_SLOTS, MIN_SLOTS, TierChoice, choose_tiers, minimum_bytes
+from partition.tiers import DEFAULT_SLOTS, MIN_SLOTS, TierChoice, choose_tiers, minimum_bytes, pinned_bytes
 
 DEFAULT_MAX_REQUESTS = 64
 DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
@@ -212,6 +212,7 @@ def _pools(work: Work, activation: list[list[int]], block: list[list[int]]) -> l
         (n, tp): minimum_bytes(work.stages[n].sizes, slots=slots, pinned_first=work.stages[n].ends)[tp]
         for n, tp in members
     }
+    pinned = {(n, tp): pinned_bytes(work.stages[n].sizes, work.stages[n].ends, slots=slots)[tp] for n, tp in members}
     if work.options.device == "cuda":
         groups = [
             (
@@ -241,6 +242,7 @@ def _pools(work: Work, activation: list[list[int]], block: list[list[int]]) -> l
                 activation_bytes=sum(activation[n][tp] for n, tp in own),
                 weight_bytes=sum(weights[at] for at in own),
                 least_weight_bytes=sum(least[at] for at in own),
+                pinned_weight_bytes=sum(pinned[at] for at in own),
                 block_bytes=sum(block[n][tp] for n, tp in own),
                 largest_block_bytes=max(block[n][tp] for n, tp in own),
             )

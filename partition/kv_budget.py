@@ -21,8 +21,9 @@ _KV_PER_CENT_WHEN_STREAMING = 25
 class Pool:
     """One memory that holds weights and KV together: a node's on cpu, a device's on cuda. All in bytes.
 
-    `least_weight_bytes`: what streaming everything through the shortest ring takes. `block_bytes`: one KV block on all
-    of the pool's ranks, `largest_block_bytes` on the rank where it is largest.
+    `least_weight_bytes`: what streaming through the shortest ring takes at least. `pinned_weight_bytes`: embedding and
+    head kept, the layers streamed so. `block_bytes`: one KV block on all of the pool's ranks, `largest_block_bytes` on
+    the rank where it is largest.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Pool:
     activation_bytes: int
     weight_bytes: int
     least_weight_bytes: int
+    pinned_weight_bytes: int
     block_bytes: int
     largest_block_bytes: int
 
@@ -96,7 +98,10 @@ def _auto_blocks(pool: Pool, *, one: int, wanted: int) -> int:
     if beside_all >= max(one, wanted // 4) * pool.block_bytes:
         return min(wanted, beside_all // pool.block_bytes)
     quarter = pool.budget_bytes * _KV_PER_CENT_WHEN_STREAMING // 100
-    return min(wanted, max(one, quarter // pool.block_bytes), most // pool.block_bytes)
+    blocks = min(wanted, max(one, quarter // pool.block_bytes), most // pool.block_bytes)
+    # embedding and head are the largest units: read in every pass they cost more than the last KV blocks bring
+    beside_pinned = (pool.budget_bytes - pool.activation_bytes - pool.pinned_weight_bytes) // pool.block_bytes
+    return min(blocks, beside_pinned) if beside_pinned >= max(one, blocks // 4) else blocks
 
 
 def _refuse(pools: Sequence[Pool], options: PlanOptions, *, one: int) -> None:

@@ -82,6 +82,12 @@ def minimum_bytes(sizes: UnitSizes, *, slots: int = MIN_SLOTS, pinned_first: Seq
     return min((choice.used_bytes for choice in choices), key=sum)
 
 
+def pinned_bytes(sizes: UnitSizes, pinned: Sequence[int], *, slots: int) -> tuple[int, ...]:
+    """Per rank, bytes of these units kept and a ring of `slots` for the rest."""
+    kept = tuple(unit in pinned for unit in range(len(sizes)))
+    return _use(sizes, kept, slots, (0,) * (len(sizes[0]) if sizes else 0)).used_bytes
+
+
 def _spread(units: Sequence[int], count: int) -> set[int]:
     """`count` of the units, at even distances."""
     total = len(units)
