@@ -7,6 +7,7 @@ ranks on one node; rank = stage × tensor + bundle index, never renumbered. A lo
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from launch.actors import RankActor
 from partition.errors import ClusterError, WorkerError
 
 _PROGRESS_INTERVAL_S = 0.5
+_START_PHASES = ("start", "bind", "connect", "load")
+_DEADLINE_HINT = " (cluster.start_timeout)"
 _PLACE_TIMEOUT_S = 30.0  # placing takes milliseconds when there is room; waiting longer only hides that there is none
 
 
@@ -100,7 +103,10 @@ class RayExecutor:
             bundles = [{**resources, f"node:{address}": 0.001} for _ in range(plan.tensor)]
             self._groups.append(placement_group(bundles, strategy="STRICT_PACK", name=f"{self._name}-stage-{stage}"))
         for stage, group in enumerate(self._groups):
-            if not group.wait(max(0.1, min(_PLACE_TIMEOUT_S, deadline - time.monotonic()))):
+            # whole seconds: Ray drops the fraction, and would not wait at all below one
+            if not group.wait(math.ceil(max(1.0, min(_PLACE_TIMEOUT_S, deadline - time.monotonic())))):
+                if time.monotonic() >= deadline:
+                    raise ClusterError(f"place: Ray had not placed stage {stage} before the deadline{_DEADLINE_HINT}")
                 raise ClusterError(
                     f"Ray could not place stage {stage}: it needs {plan.tensor} × {resources} on node "
                     f"{self._nodes[plan.ranks[stage * plan.tensor].node]}; free in the cluster: "
@@ -125,7 +131,8 @@ class RayExecutor:
             left = deadline - time.monotonic()
             if left <= 0:
                 silent = ", ".join(str(rank_of[ref]) for ref in pending)
-                raise ClusterError(f"{what}: no answer from rank {silent} before the deadline")
+                hint = _DEADLINE_HINT if what in _START_PHASES else " (engine.step_timeout)"
+                raise ClusterError(f"{what}: no answer from rank {silent} before the deadline{hint}")
             ready, pending = ray.wait(pending, timeout=min(left, _PROGRESS_INTERVAL_S) if waiting else left)
             if waiting is not None:
                 waiting()
