@@ -83,7 +83,7 @@ class ModelSpec:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             v_head_dim=v_head_dim,
-            max_position=keys.count("max_position_embeddings"),
+            max_position=_max_position(keys),
             # some composite configs say it only at the top
             tied=keys.flag("tie_word_embeddings", config.get("tie_word_embeddings")),
             layer_kinds=layer_kinds,
@@ -137,6 +137,30 @@ class _Keys:
             if self.get(key) is not None:
                 return self.count(key)
         raise ConfigError(f"config.json of a {self.model_type} model has none of {', '.join(_EXPERT_KEYS)}")
+
+
+def _max_position(keys: _Keys) -> int:
+    """The longest sequence that is computed right.
+
+    longrope has two sets of frequencies and takes the long one when any position of a batch is past the original
+    length, so a long sequence would change its neighbours' numbers: such a model is served up to its original length.
+    """
+    most = keys.count("max_position_embeddings")
+    declared = [keys.get("rope_parameters"), keys.get("rope_scaling")]
+    ropes = [rope for rope in declared if isinstance(rope, Mapping)]
+    ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, Mapping)]  # one per layer type
+    long_names = ("longrope", "su", "yarn") if keys.model_type == "phi3" else ("longrope", "su")
+    for rope in ropes:
+        if rope.get("rope_type", rope.get("type")) not in long_names:
+            continue
+        original = rope.get("original_max_position_embeddings") or keys.get("original_max_position_embeddings")
+        if isinstance(original, bool) or not isinstance(original, int) or original < 1:
+            raise UnsupportedModelError(
+                "config.json has longrope without 'original_max_position_embeddings', so it is unknown up to which "
+                "length sequences can be batched"
+            )
+        most = min(most, original)
+    return most
 
 
 def _all_dense(keys: _Keys, num_layers: int) -> list[str]:

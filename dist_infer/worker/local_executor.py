@@ -129,6 +129,8 @@ class SpawnedExecutor:
         self._in_flight.append(plan.step_id)
 
     def collect(self, timeout_s: float) -> StepResult:
+        if not self._in_flight or not self._children:
+            raise ClusterError("the executor was closed")
         answers = self._answers(time.monotonic() + timeout_s)
         self._in_flight.popleft()
         return decode(StepResult, next(body for _, body in answers if body))

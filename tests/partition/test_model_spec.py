@@ -89,3 +89,38 @@ def test_an_unknown_family_is_refused_with_the_nearest():
 def test_heads_that_are_no_whole_groups_are_refused():
     with pytest.raises(ConfigError, match="not a multiple"):
         ModelSpec.from_config(LLAMA | {"num_key_value_heads": 3})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+        {"rope_scaling": {"type": "su"}},
+        {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096}},
+        {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}},
+    ],
+    ids=str,
+)
+def test_longrope_is_served_up_to_its_original_length(rope):
+    """Past it the library would change the frequencies of every sequence in the batch, without a word."""
+    config = LONGROPE | {"original_max_position_embeddings": 4096} | rope
+    assert ModelSpec.from_config(config).max_position == 4096
+    assert ModelSpec.from_config(LONGROPE).max_position == 131072
+    assert ModelSpec.from_config(LONGROPE | {"rope_scaling": {"rope_type": "linear"}}).max_position == 131072
+
+
+def test_longrope_of_unknown_original_length_is_refused():
+    with pytest.raises(UnsupportedModelError, match="original_max_position_embeddings"):
+        ModelSpec.from_config(LONGROPE | {"rope_scaling": {"type": "longrope"}})
+
+
+LONGROPE = {
+    "model_type": "phi3",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "vocab_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 131072,
+}
