@@ -1,253 +1,248 @@
-"""Memory to ranks: KV blocks first, then tiers for the weights in what is left, then one RankPlan a rank."""
+"""Memory to ranks: activations, then KV and weights together by predicted speed, then one RankPlan a rank."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from partition.errors import BudgetError, ConfigError
-from partition.hardware import HardwareFacts
-from partition.kv_budget import DEFAULT_MAX_MODEL_LEN, KvDecision, Pool, decide_kv
-from partition.layout import blob_layout
-from partition.model_spec import ModelSpec
-from partition.placement import HostLimit, host_limits, place_stages
-from partition.plan_data import (
-    ATTENTION_BYTES_PER_SCORE,
-    ATTENTION_SCORES,
-    DTYPE_BYTES,
-    SAMPLING_BYTES,
-    SAMPLING_BYTES_PER_LOGIT,
-    PlanOptions,
-    RankPlan,
-    Tier,
-    UnitPlacement,
-)
-from partition.sharding import AxisCut, UnitSpec, cut_axes, local_heads, shard_shape, units_of
+from partition.activations import activation_bytes
+from partition.cost import StageLoad, predict_loads
+from partition.errors import BudgetError
+from partition.kv_budget import KvDecision, Pool, decide_kv
+from partition.plan_data import DTYPE_BYTES, KvChoice, Prediction, RankPlan, UnitPlacement
+from partition.sharding import local_heads
 from partition.sizes import format_size
-from partition.stages import cut_stages
-from partition.tiers import DEFAULT_SLOTS, MIN_SLOTS, TierChoice, choose_tiers, minimum_bytes, pinned_bytes
+from partition.tiers import Cycle, TierChoice
+from partition.work import Stage, Work
 
-DEFAULT_MAX_REQUESTS = 64
-DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 NUM_DEVICE_SLOTS = 2
 _LEAST_DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, communication buffers, fragmentation
 _DEVICE_RESERVE_PER_CENT = 5
 
 
-def unit_bytes(unit: UnitSpec, cut: AxisCut, tp_rank: int, dtype: str) -> int:
-    """Length of the rank's packed blob of a unit."""
-    sizes = [
-        math.prod(shard_shape(parameter, cut, tp_rank)) * DTYPE_BYTES[parameter.dtype or dtype]
-        for parameter in unit.parameters
-    ]
-    return blob_layout(sizes)[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stage before tiers are chosen. `sizes[unit][tp_rank]` in bytes."""
-
-    node: int
-    first_layer: int
-    end_layer: int
-    names: tuple[str, ...]
-    sizes: tuple[tuple[int, ...], ...]
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Positions of the embedding and the head."""
-        return tuple(i for i, name in enumerate(self.names) if name in ("embed", "head"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """Everything that is settled before memory is shared out."""
-
-    spec: ModelSpec
-    hardware: HardwareFacts
-    options: PlanOptions
-    cut: AxisCut
-    stages: tuple[Stage, ...]
-    limits: dict[int, HostLimit]
-    max_batch_tokens: int
-    max_requests: int
-    wanted_slots: int
-    least_slots: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All ranks, and what was decided about KV."""
+    """All ranks, what was decided about KV, and what the stages move and compute."""
 
     ranks: tuple[RankPlan, ...]
+    loads: tuple[StageLoad, ...]
     kv: KvDecision
 
 
-def prepare(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) -> Work:
-    """Check the options, cut axes and layers, place stages, set host limits. Raises ConfigError and BudgetError."""
-    _check(options, spec)
-    cut = cut_axes(spec, options.tensor)
-    sizes: dict[str, tuple[int, ...]] = {}
-    by_kind: dict[str, tuple[int, ...]] = {}  # layers of one kind weigh the same
-    kinds = {f"layers.{i}": kind for i, kind in enumerate(spec.layer_kinds)}
-    units = units_of(spec)
-    for unit in units:
-        kind = kinds.get(unit.name, unit.name)
-        if kind not in by_kind:
-            by_kind[kind] = tuple(unit_bytes(unit, cut, rank, options.dtype) for rank in range(options.tensor))
-        sizes[unit.name] = by_kind[kind]
-    ranges = cut_stages(
-        [sum(sizes[f"layers.{i}"]) for i in range(spec.num_layers)],
-        embed_bytes=sum(sizes["embed"]),
-        head_bytes=sum(sizes["head"]),
-        num_stages=options.pipeline,
-    )
-    nodes = place_stages(hardware, tensor=options.tensor, pipeline=options.pipeline, device=options.device)
-    stages = []
-    for (first, end), node in zip(ranges, nodes, strict=True):
-        names = tuple(f"layers.{i}" for i in range(first, end))
-        names = ("embed", *names) if first == 0 else names
-        names = (*names, "head") if end == spec.num_layers else names
-        stages.append(
-            Stage(node=node, first_layer=first, end_layer=end, names=names, sizes=tuple(sizes[n] for n in names))
-        )
-    return Work(
-        spec=spec,
-        hardware=hardware,
-        options=options,
-        cut=cut,
-        stages=tuple(stages),
-        limits=host_limits(hardware, nodes, options),
-        max_batch_tokens=options.max_batch_tokens or DEFAULT_BATCH_TOKENS[options.device],
-        max_requests=options.max_requests or DEFAULT_MAX_REQUESTS,
-        wanted_slots=options.num_slots or DEFAULT_SLOTS,
-        least_slots=options.num_slots or MIN_SLOTS,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Tiers:
+    """The choices of all stages. On cuda `on_host` is about the units that are not on the device."""
+
+    on_device: tuple[TierChoice, ...]
+    on_host: tuple[TierChoice, ...]
 
 
-def _check(options: PlanOptions, spec: ModelSpec) -> None:
-    if options.device not in DEFAULT_BATCH_TOKENS:
-        raise ConfigError(f"device is {options.device!r}, but must be one of {', '.join(DEFAULT_BATCH_TOKENS)}")
-    if options.dtype not in DTYPE_BYTES:
-        raise ConfigError(f"dtype is {options.dtype!r}, but must be one of {', '.join(DTYPE_BYTES)}")
-    if options.device == "cpu" and options.device_memory is not None:
-        raise ConfigError("offload.device_memory is set, but there is no device: on cpu use offload.host_memory")
-    for key, value, least in (
-        ("parallel.tensor", options.tensor, 1),
-        ("parallel.pipeline", options.pipeline, 1),
-        ("offload.num_slots", options.num_slots, MIN_SLOTS),
-        ("engine.block_tokens", options.block_tokens, 1),
-        ("engine.max_batch_tokens", options.max_batch_tokens, 1),
-        ("engine.max_requests", options.max_requests, 1),
-        ("engine.max_model_len", options.max_model_len, 2),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{key} is {value}, but must be at least {least}")
-    if options.max_model_len is not None and options.max_model_len > spec.max_position:
-        raise ConfigError(
-            f"engine.max_model_len is {options.max_model_len}, but the model knows only {spec.max_position} positions"
+class _Sharing:
+    """The memory of all stages, for steps of a given size: what is fixed, and what any number of KV blocks leaves."""
+
+    def __init__(self, work: Work, micro_batches: int) -> None:
+        options = work.options
+        self.work = work
+        self.cuda = options.device == "cuda"
+        self.tensor = range(options.tensor)
+        self.heads = [local_heads(work.spec, work.cut, tp)[1] for tp in self.tensor]
+        token_layer = (work.spec.head_dim + work.spec.v_head_dim) * DTYPE_BYTES[options.dtype] * options.block_tokens
+        self.activation = [
+            [activation_bytes(work, stage, tp, micro_batches) for tp in self.tensor] for stage in work.stages
+        ]
+        self.block = [
+            [heads * token_layer * (stage.end_layer - stage.first_layer) for heads in self.heads]
+            for stage in work.stages
+        ]
+        self._rest: dict[tuple[int, tuple[bool, ...]], Cycle] = {}
+
+    def tiers(self, num_blocks: int) -> _Tiers:
+        """Raises BudgetError when the weights do not fit beside so many blocks."""
+        taken = [
+            [a + num_blocks * b for a, b in zip(*row, strict=True)]
+            for row in zip(self.activation, self.block, strict=True)
+        ]
+        if not self.cuda:
+            cycles = [stage.cycle for stage in self.work.stages]
+            nothing = [(0,) * len(self.tensor) for _ in cycles]
+            return _Tiers(on_device=(), on_host=self._on_host([sum(row) for row in taken], cycles, nothing))
+        pairs = zip(self.work.stages, taken, strict=True)
+        on_device = tuple(_choose_device(self.work, stage, fixed) for stage, fixed in pairs)
+        rest = [self._rest_of(stage, choice) for stage, choice in zip(self.work.stages, on_device, strict=True)]
+        on_host = self._on_host([0] * len(rest), rest, [choice.slot_bytes for choice in on_device])
+        return _Tiers(on_device=on_device, on_host=on_host)
+
+    def loads(self, tiers: _Tiers) -> tuple[StageLoad, ...]:
+        """What the stages move and compute then."""
+        return tuple(
+            StageLoad(
+                node=stage.node,
+                num_ranks=len(self.tensor),
+                on_cuda=self.cuda,
+                num_layers=stage.end_layer - stage.first_layer,
+                layer_parameters=sum(u.active_parameters for name, u in stage.units.items() if name != "head"),
+                head_parameters=stage.units["head"].active_parameters if "head" in stage.units else 0,
+                disk_bytes=sum(tiers.on_host[number].streamed_bytes),
+                link_bytes=max(tiers.on_device[number].streamed_bytes) if self.cuda else 0,
+                weight_bytes=sum(sum(u.num_bytes) for name, u in stage.units.items() if name != "embed"),
+            )
+            for number, stage in enumerate(self.work.stages)
         )
+
+    def trial(self, num_blocks: int, batch: int) -> KvChoice | None:
+        """What so many blocks would give; None when the weights do not fit beside them."""
+        try:
+            tiers = self.tiers(num_blocks)
+        except BudgetError:
+            return None
+        prediction = predict_step(self.work, self.loads(tiers), batch)
+        stays = tiers.on_device if self.cuda else tiers.on_host
+        slots = [choice.num_slots * sum(choice.slot_bytes) for choice in stays]
+        return KvChoice(
+            num_blocks=num_blocks,
+            batch=batch,
+            kv_bytes=num_blocks * sum(map(sum, self.block)),
+            resident_bytes=sum(sum(choice.used_bytes) for choice in stays) - sum(slots),
+            tokens_per_s=prediction.decode_tokens_per_s,
+        )
+
+    def pools(self) -> list[Pool]:
+        """The memories that hold KV: on cpu each node's, on cuda each rank's device."""
+        work = self.work
+        slots = NUM_DEVICE_SLOTS if self.cuda else work.least_slots
+        whole = [tuple(map(sum, zip(*stage.sizes, strict=True))) for stage in work.stages]
+        least = [stage.cycle.minimum_bytes(slots) for stage in work.stages]
+        pinned = [stage.cycle.pinned_bytes(slots) for stage in work.stages]
+        members = [(number, tp) for number in range(len(work.stages)) for tp in self.tensor]
+        if self.cuda:
+            groups = [
+                (
+                    f"rank {n * len(self.tensor) + tp}",
+                    "offload.device_memory",
+                    _device_limit(work, work.stages[n]),
+                    [(n, tp)],
+                )
+                for n, tp in members
+            ]
+        else:
+            groups = [
+                (
+                    f"node {work.hardware.nodes[node].name}",
+                    "offload.host_memory",
+                    limit.limit_bytes,
+                    [(n, tp) for n, tp in members if work.stages[n].node == node],
+                )
+                for node, limit in work.limits.items()
+            ]
+        return [
+            Pool(
+                name=name,
+                key=key,
+                budget_bytes=budget,
+                activation_bytes=sum(self.activation[n][tp] for n, tp in own),
+                weight_bytes=sum(whole[n][tp] for n, tp in own),
+                least_weight_bytes=sum(least[n][tp] for n, tp in own),
+                pinned_weight_bytes=sum(pinned[n][tp] for n, tp in own),
+                block_bytes=sum(self.block[n][tp] for n, tp in own),
+                largest_block_bytes=max(self.block[n][tp] for n, tp in own),
+            )
+            for name, key, budget, own in groups
+        ]
+
+    def _rest_of(self, stage: Stage, choice: TierChoice) -> Cycle:
+        """The units that are not on the device, for choosing host or nvme."""
+        key = (id(stage.cycle), choice.resident)
+        if key not in self._rest:
+            places = [i for i, there in enumerate(choice.resident) if not there]
+            self._rest[key] = Cycle(
+                [stage.sizes[i] for i in places],
+                pinned_first=[places.index(i) for i in stage.ends if i in places],
+                num_ranks=len(self.tensor),
+            )
+        return self._rest[key]
+
+    def _on_host(
+        self, taken: Sequence[int], cycles: Sequence[Cycle], floors: Sequence[Sequence[int]]
+    ) -> tuple[TierChoice, ...]:
+        """Host residency of each stage's cycle; the stages of a node share its memory, of which `taken` is gone."""
+        work = self.work
+        chosen: dict[int, TierChoice] = {}
+        for node, limit in work.limits.items():
+            numbers = [n for n, stage in enumerate(work.stages) if stage.node == node]
+            whole = {n: cycles[n].total_bytes for n in numbers}
+            least = {n: sum(cycles[n].minimum_bytes(work.least_slots, floors[n])) for n in numbers}
+            gone = sum(taken[n] for n in numbers)
+            free = limit.limit_bytes - gone - sum(least.values())
+            spare = sum(whole[n] - least[n] for n in numbers)
+            left = 0
+            for n in numbers:
+                # every stage its minimum, the rest in proportion to what it would like beyond that, and what the
+                # stages before it had no use for
+                share = left + least[n] + ((whole[n] - least[n]) * min(free, spare) // spare if spare else 0)
+                choice = cycles[n].choose(
+                    [share], num_slots=work.wanted_slots, min_slots=work.least_slots, least_slot_bytes=floors[n]
+                )
+                if free < 0 or choice is None:
+                    name = f"node {work.hardware.nodes[node].name}"
+                    raise _misfit(name, gone + sum(least.values()), limit.limit_bytes, "offload.host_memory")
+                chosen[n] = choice
+                left = share - sum(choice.used_bytes)
+        return tuple(chosen[n] for n in range(len(cycles)))
 
 
 def lay_out(work: Work, *, micro_batches: int) -> Layout:
     """Share out memory for steps of `micro_batches`. Raises BudgetError when the minimum does not fit."""
-    options, cuda = work.options, work.options.device == "cuda"
-    activation = [
-        [_activation_bytes(work, stage, tp, micro_batches) for tp in range(options.tensor)] for stage in work.stages
-    ]
-    heads = [local_heads(work.spec, work.cut, tp)[1] for tp in range(options.tensor)]
-    token_layer = (work.spec.head_dim + work.spec.v_head_dim) * DTYPE_BYTES[options.dtype]
-    block = [
-        [n * token_layer * options.block_tokens * (stage.end_layer - stage.first_layer) for n in heads]
-        for stage in work.stages
-    ]
-    kv = decide_kv(_pools(work, activation, block), work.spec, options, max_requests=work.max_requests)
-    fixed = [[a + kv.num_blocks * b for a, b in zip(*row, strict=True)] for row in zip(activation, block, strict=True)]
-    nothing = [[0] * options.tensor for _ in work.stages]
-    on_device = (
-        [_choose_device(work, stage, taken) for stage, taken in zip(work.stages, fixed, strict=True)] if cuda else []
-    )
-    on_host = _choose_host(work, nothing if cuda else fixed, on_device)
+    sharing = _Sharing(work, micro_batches)
+    kv = decide_kv(sharing.pools(), work.spec, work.options, max_requests=work.max_requests, trial=sharing.trial)
+    tiers = sharing.tiers(kv.num_blocks)
     on_node = {stage.node: sum(other.node == stage.node for other in work.stages) for stage in work.stages}
     ranks = []
     for number, stage in enumerate(work.stages):
-        tiers = _tiers(stage, on_host[number], on_device[number] if cuda else None)
-        streams = any(tier == "nvme" for tier in tiers)
-        cores = work.hardware.nodes[stage.node].cores // (on_node[stage.node] * options.tensor)
-        for tp in range(options.tensor):
+        on_host, on_device = tiers.on_host[number], tiers.on_device[number] if tiers.on_device else None
+        cores = work.hardware.nodes[stage.node].cores // (on_node[stage.node] * work.options.tensor)
+        for tp in sharing.tensor:
+            units = _placements(stage, tp, on_host, on_device)
+            streams = any(unit.tier == "nvme" for unit in units)
             ranks.append(
                 RankPlan(
-                    rank=number * options.tensor + tp,
+                    rank=number * work.options.tensor + tp,
                     stage=number,
                     tp_rank=tp,
                     node=stage.node,
                     first_layer=stage.first_layer,
                     end_layer=stage.end_layer,
-                    units=tuple(
-                        UnitPlacement(name=name, tier=tier, num_bytes=size[tp])
-                        for name, tier, size in zip(stage.names, tiers, stage.sizes, strict=True)
-                    ),
-                    num_slots=on_host[number].num_slots,
-                    slot_bytes=(on_device if cuda else on_host)[number].slot_bytes[tp],
-                    num_device_slots=on_device[number].num_slots if cuda else 0,
-                    num_kv_heads=heads[tp],
+                    units=units,
+                    num_slots=on_host.num_slots,
+                    slot_bytes=(on_device or on_host).slot_bytes[tp],
+                    num_device_slots=on_device.num_slots if on_device else 0,
+                    num_kv_heads=sharing.heads[tp],
                     num_kv_blocks=kv.num_blocks,
-                    kv_bytes=kv.num_blocks * block[number][tp],
-                    activation_bytes=activation[number][tp],
+                    kv_bytes=kv.num_blocks * sharing.block[number][tp],
+                    activation_bytes=sharing.activation[number][tp],
                     # reading threads beside computing ones slow both, so a core is left to them where there are several
                     threads=max(1, cores - 1 if streams and cores > 2 else cores),
                 )
             )
-    return Layout(ranks=tuple(ranks), kv=kv)
+    return Layout(ranks=tuple(ranks), loads=sharing.loads(tiers), kv=kv)
 
 
-def _pools(work: Work, activation: list[list[int]], block: list[list[int]]) -> list[Pool]:
-    """The memories that hold KV: on cpu each node's, on cuda each rank's device."""
-    pools = []
-    slots = work.least_slots if work.options.device == "cpu" else NUM_DEVICE_SLOTS
-    members = [(number, tp) for number in range(len(work.stages)) for tp in range(work.options.tensor)]
-    weights = {(n, tp): sum(unit[tp] for unit in work.stages[n].sizes) for n, tp in members}
-    least = {
-        (n, tp): minimum_bytes(work.stages[n].sizes, slots=slots, pinned_first=work.stages[n].ends)[tp]
-        for n, tp in members
-    }
-    pinned = {(n, tp): pinned_bytes(work.stages[n].sizes, work.stages[n].ends, slots=slots)[tp] for n, tp in members}
-    if work.options.device == "cuda":
-        groups = [
-            (
-                f"rank {n * work.options.tensor + tp}",
-                "offload.device_memory",
-                _device_limit(work, work.stages[n]),
-                [(n, tp)],
-            )
-            for n, tp in members
-        ]
-    else:
-        groups = [
-            (
-                f"node {work.hardware.nodes[node].name}",
-                "offload.host_memory",
-                limit.limit_bytes,
-                [(n, tp) for n, tp in members if work.stages[n].node == node],
-            )
-            for node, limit in work.limits.items()
-        ]
-    for name, key, budget, own in groups:
-        pools.append(
-            Pool(
-                name=name,
-                key=key,
-                budget_bytes=budget,
-                activation_bytes=sum(activation[n][tp] for n, tp in own),
-                weight_bytes=sum(weights[at] for at in own),
-                least_weight_bytes=sum(least[at] for at in own),
-                pinned_weight_bytes=sum(pinned[at] for at in own),
-                block_bytes=sum(block[n][tp] for n, tp in own),
-                largest_block_bytes=max(block[n][tp] for n, tp in own),
-            )
-        )
-    return pools
+def steps_in_flight(loads: Sequence[StageLoad]) -> int:
+    """As many as stages, except where stages share a disk: there a second step in flight reads nothing faster, and each
+    pass would serve only a part of the requests."""
+    own_nodes = len({load.node for load in loads}) == len(loads)
+    return len(loads) if own_nodes or not any(load.disk_bytes for load in loads) else 1
+
+
+def predict_step(work: Work, loads: Sequence[StageLoad], batch: int) -> Prediction:
+    """Decoding `batch` requests."""
+    return predict_loads(
+        loads,
+        work.hardware,
+        hidden_bytes=work.spec.hidden_size * DTYPE_BYTES[work.options.dtype],
+        batch=batch,
+        steps_in_flight=steps_in_flight(loads),
+        max_batch_tokens=work.max_batch_tokens,
+    )
 
 
 def _device_limit(work: Work, stage: Stage) -> int:
@@ -264,66 +259,14 @@ def _device_limit(work: Work, stage: Stage) -> int:
 
 def _choose_device(work: Work, stage: Stage, fixed: Sequence[int]) -> TierChoice:
     limit = _device_limit(work, stage)
-    choice = choose_tiers(
-        stage.sizes,
-        [limit - taken for taken in fixed],
-        pinned_first=stage.ends,
-        num_slots=NUM_DEVICE_SLOTS,
-        min_slots=NUM_DEVICE_SLOTS,
+    choice = stage.cycle.choose(
+        [limit - taken for taken in fixed], num_slots=NUM_DEVICE_SLOTS, min_slots=NUM_DEVICE_SLOTS
     )
     if choice is None:
-        need = max(
-            taken + least
-            for taken, least in zip(fixed, minimum_bytes(stage.sizes, pinned_first=stage.ends), strict=True)
-        )
+        least = stage.cycle.minimum_bytes(NUM_DEVICE_SLOTS)
+        need = max(taken + weights for taken, weights in zip(fixed, least, strict=True))
         raise _misfit(f"a device of node {work.hardware.nodes[stage.node].name}", need, limit, "offload.device_memory")
     return choice
-
-
-def _choose_host(work: Work, fixed: list[list[int]], on_device: list[TierChoice]) -> list[TierChoice]:
-    """Host residency of each stage for the units that are not on a device; the stages of a node share its memory."""
-    chosen: list[TierChoice | None] = [None] * len(work.stages)
-    for node, limit in work.limits.items():
-        numbers = [n for n, stage in enumerate(work.stages) if stage.node == node]
-        sizes, floors, ends = {}, {}, {}
-        for n in numbers:
-            stays = on_device[n].resident if on_device else (False,) * len(work.stages[n].names)
-            sizes[n] = [unit for unit, there in zip(work.stages[n].sizes, stays, strict=True) if not there]
-            places = [i for i, there in enumerate(stays) if not there]
-            ends[n] = [places.index(i) for i in work.stages[n].ends if i in places]
-            floors[n] = on_device[n].slot_bytes if on_device else (0,) * work.options.tensor
-        whole = {n: sum(map(sum, sizes[n])) for n in numbers}
-        least = {
-            n: sum(minimum_bytes(sizes[n], slots=work.least_slots, pinned_first=ends[n])) if sizes[n] else 0
-            for n in numbers
-        }
-        taken = sum(sum(fixed[n]) for n in numbers)
-        free = limit.limit_bytes - taken - sum(least.values())
-        name = f"node {work.hardware.nodes[node].name}"
-        if free < 0:
-            raise _misfit(name, taken + sum(least.values()), limit.limit_bytes, "offload.host_memory")
-        spare = sum(whole[n] - least[n] for n in numbers)
-        for n in numbers:
-            # every stage its minimum, the rest in proportion to what it would like beyond that
-            share = least[n] + ((whole[n] - least[n]) * min(free, spare) // spare if spare else 0)
-            if not sizes[n]:
-                chosen[n] = _nothing_streamed(work.options.tensor)
-                continue
-            chosen[n] = choose_tiers(
-                sizes[n],
-                [share],
-                pinned_first=() if on_device else work.stages[n].ends,
-                num_slots=work.wanted_slots,
-                min_slots=work.least_slots,
-                least_slot_bytes=floors[n],
-            )
-            if chosen[n] is None:
-                raise _misfit(name, taken + sum(least.values()), limit.limit_bytes, "offload.host_memory")
-    return [choice for choice in chosen if choice is not None]
-
-
-def _nothing_streamed(tensor: int) -> TierChoice:
-    return TierChoice(resident=(), num_slots=0, slot_bytes=(0,) * tensor, used_bytes=(0,) * tensor)
 
 
 def _misfit(where: str, need: int, have: int, key: str) -> BudgetError:
@@ -334,35 +277,22 @@ def _misfit(where: str, need: int, have: int, key: str) -> BudgetError:
     )
 
 
-def _tiers(stage: Stage, on_host: TierChoice, on_device: TierChoice | None) -> list[Tier]:
-    if on_device is None:
-        return ["host" if stays else "nvme" for stays in on_host.resident]
-    rest = iter(on_host.resident)
-    return ["device" if there else "host" if next(rest) else "nvme" for there in on_device.resident]
-
-
-def _activation_bytes(work: Work, stage: Stage, tp_rank: int, micro_batches: int) -> int:
-    """An estimate: hidden states of a whole step (in and out), the largest intermediates of one micro-batch (attention
-    scores in bounded slices), on the last stage logits of every request, and on its tp_rank 0 what drawing takes."""
-    spec, dims, size = work.spec, work.spec.dims, DTYPE_BYTES[work.options.dtype]
-    tokens = work.max_batch_tokens
-    q_heads, kv_heads = local_heads(spec, work.cut, tp_rank)
-    attention = 2 * q_heads * spec.head_dim + 2 * kv_heads * (spec.head_dim + spec.v_head_dim)
-    mlp = 3 * dims.get("inter", 0) // work.options.tensor
-    routed = dims.get("experts_per_token", 0) * dims.get("moe_inter", 0) + dims.get("shared_inter", 0)
-    widest = max(
-        attention, mlp, 3 * routed // work.options.tensor + dims.get("experts_per_token", 0) * spec.hidden_size
-    )
-    logits = 0
-    if "head" in stage.names:  # in float32, as they come and joined from the tensor ranks, and what drawing takes
-        drawing = min(SAMPLING_BYTES_PER_LOGIT * work.max_requests * spec.vocab_size, SAMPLING_BYTES)
-        logits = (
-            3 * work.max_requests * spec.vocab_size * 4 + drawing
-            if tp_rank == 0
-            else work.max_requests * (-(-spec.vocab_size // work.options.tensor) * 8)
+def _placements(stage: Stage, tp: int, on_host: TierChoice, on_device: TierChoice | None) -> tuple[UnitPlacement, ...]:
+    rest = iter(zip(on_host.resident, on_host.cuts, strict=True))
+    placed = [UnitPlacement(name=name, tier="rows", num_bytes=unit.num_bytes[tp]) for name, unit in stage.rows.items()]
+    for index, (name, unit) in enumerate(stage.units.items()):
+        size = unit.num_bytes[tp]
+        if on_device is not None and on_device.resident[index]:
+            placed.append(UnitPlacement(name=name, tier="device", num_bytes=size))
+            continue
+        stays, cut = next(rest)
+        placed.append(
+            UnitPlacement(
+                name=name,
+                tier="host" if stays else "nvme",
+                num_bytes=size,
+                kept_bytes=cut.kept_bytes[tp] if cut else 0,
+                streamed_from=cut.streamed_from[tp] if cut else 0,
+            )
         )
-    longest = work.options.max_model_len or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
-    scores = min(ATTENTION_SCORES, tokens * longest * max(1, q_heads // max(1, kv_heads)))
-    return ATTENTION_BYTES_PER_SCORE * scores + (
-        2 * tokens * micro_batches * spec.hidden_size * size + tokens * (4 * spec.hidden_size + widest) * size + logits
-    )
+    return tuple(placed)

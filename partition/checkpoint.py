@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from partition.checkpoint_index import CheckpointIndex, FileFact, TensorEntry
-from partition.errors import CheckpointError
+from partition.errors import CheckpointError, UnsupportedModelError
 from partition.gguf_config import config_of
 from partition.gguf_header import read_gguf_header
+from partition.gguf_types import READABLE_TYPES
 from partition.safetensors_header import parse_json_object, read_safetensors_header
 from partition.tensor_check import check_tensors
 
@@ -82,6 +85,8 @@ def _open_safetensors(path: Path, config: dict[str, Any], weights: list[str], *,
     elif len(weights) > 1:
         raise CheckpointError(f"{path} has {len(weights)} safetensors files but no {_INDEX}: fetch it again")
     headers = [read_safetensors_header(path / name) for name in weights]
+    for name in weights:
+        _refuse_holes(path / name)
     tensors: dict[str, TensorEntry] = {}
     for header in headers:
         for entry in header.tensors:
@@ -109,6 +114,13 @@ def _open_safetensors(path: Path, config: dict[str, Any], weights: list[str], *,
 
 def _open_gguf(path: Path) -> CheckpointIndex:
     header = read_gguf_header(path)
+    _refuse_holes(path)
+    for entry in header.tensors:
+        if entry.dtype not in READABLE_TYPES:
+            raise UnsupportedModelError(
+                f"{path}: tensor {entry.name[:200]!r} is of type {entry.dtype}, which cannot be turned into numbers "
+                f"here: use a file of other types ({', '.join(sorted(READABLE_TYPES))})"
+            )
     config = config_of(header, file=str(path))
     files = (_file_fact(path),)
     return CheckpointIndex(
@@ -164,6 +176,31 @@ def _sample(path: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def _refuse_holes(path: Path) -> None:
+    """A file of the right size may still not be there: space reserved by a download that was never finished.
+
+    Such bytes read as zeros. Where a file system cannot tell (SEEK_HOLE), a file counts as written.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            with contextlib.suppress(OSError):
+                hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+                if hole >= size:
+                    return
+                try:
+                    end = os.lseek(file.fileno(), hole, os.SEEK_DATA)
+                except OSError:  # ENXIO: no data behind it
+                    end = size
+                raise CheckpointError(
+                    f"{path} was never written completely: bytes {hole} to {end} of {size} are a hole, only "
+                    f"{os.fstat(file.fileno()).st_blocks * 512} bytes are on disk. Fetch it again; if they shall be "
+                    "zeros, copy it to an ext4 or XFS disk with `cp --sparse=never`"
+                )
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _fingerprint(config: dict[str, Any], files: Sequence[FileFact], digests: Sequence[str]) -> str:

@@ -69,6 +69,8 @@ def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:
         config[name] = value
     if config.get("num_experts") and arch == "llama":
         model_type, config["num_local_experts"] = "mixtral", config.pop("num_experts")
+    if model_type == "qwen3_moe":
+        config["norm_topk_prob"] = True  # the format has no key for it: its runtimes always normalise
     if "head_dim" not in config and arch == "llama" and isinstance(metadata.get("llama.rope.dimension_count"), int):
         config["head_dim"] = metadata["llama.rope.dimension_count"]
     if heads := config.get("num_attention_heads"):

@@ -9,6 +9,7 @@ nodes:
     disk_per_s: 6 GB
     flops: 4e12
     memory_per_s: 300 GB
+    layer_overhead_s: 0.0007
     devices:
       - {name: H100, count: 8, memory: 80 GiB, link_per_s: 50 GB, flops: 400e12, memory_per_s: 3 TB}
 """
@@ -32,6 +33,7 @@ ASSUMED_MEMORY_BYTES_PER_S = 20e9
 ASSUMED_DEVICE_FLOPS = 100e12
 ASSUMED_DEVICE_BYTES_PER_S = 1e12
 ASSUMED_LINK_BYTES_PER_S = 20e9
+ASSUMED_LAYER_OVERHEAD_S = {"cpu": 0.7e-3, "cuda": 0.1e-3}  # calls and small kernels of a layer, whatever its size
 _MAX_COUNT = 4096
 
 
@@ -50,7 +52,9 @@ class DeviceFacts:
 class NodeFacts:
     """One machine. `memory_bytes` is what may be used, `memory_source` says whose limit that is.
 
-    `flops` and `memory_bytes_per_s` are those of the CPU. `assumed` names the figures nobody measured or wrote.
+    `flops` and `memory_bytes_per_s` are those of the CPU. `layer_overhead_s`: what a layer costs for a micro-batch of
+    any size; None: assumed. `reader`: what reads its disk at that rate, and why that one was taken. `assumed` names the
+    other figures nobody measured or wrote.
     """
 
     name: str
@@ -61,6 +65,9 @@ class NodeFacts:
     disk_bytes_per_s: float
     flops: float
     memory_bytes_per_s: float
+    layer_overhead_s: float | None = None
+    reader: str = "threads"
+    reader_reason: str = ""
     assumed: tuple[str, ...] = ()
 
 
@@ -156,7 +163,9 @@ class _Section:
         except (TypeError, ValueError):
             value = 0.0
         if not 0 < value < float("inf"):
-            raise ConfigError(f"{self.place}: {key!r} must be a number above 0 such as 4e12, not {self.data[key]!r}")
+            raise ConfigError(
+                f"{self.place}: {key!r} must be a number above 0 such as 4e12 or 0.0007, not {self.data[key]!r}"
+            )
         return value
 
     def _size(self, key: str) -> int:
@@ -167,7 +176,8 @@ class _Section:
 
 
 def _nodes(section: _Section, path: Path) -> list[NodeFacts]:
-    section.only("name", "count", "cores", "memory", "memory_source", "disk_per_s", "flops", "memory_per_s", "devices")
+    rates = ("disk_per_s", "flops", "memory_per_s", "layer_overhead_s")
+    section.only("name", "count", "cores", "memory", "memory_source", *rates, "devices")
     assumed: list[str] = []
     if "cores" not in section.data:
         raise ConfigError(f"{section.place}: 'cores' is missing: the number of CPU cores")
@@ -180,6 +190,7 @@ def _nodes(section: _Section, path: Path) -> list[NodeFacts]:
         "disk_bytes_per_s": section.rate("disk_per_s", ASSUMED_DISK_BYTES_PER_S, assumed),
         "flops": section.number("flops", ASSUMED_CORE_FLOPS * cores, assumed),
         "memory_bytes_per_s": section.rate("memory_per_s", ASSUMED_MEMORY_BYTES_PER_S, assumed),
+        "layer_overhead_s": section.number("layer_overhead_s", 0.0, []) if "layer_overhead_s" in section.data else None,
     }
     names = [name] if count == 1 else [f"{name}-{i}" for i in range(count)]
     return [NodeFacts(name=each, assumed=tuple(assumed), **facts) for each in names]  # type: ignore[arg-type]

@@ -1,20 +1,29 @@
-"""How much of each memory the KV cache takes, and so how long sequences may be."""
+"""How much memory the KV cache takes from the weights, and so how long sequences may be.
+
+Both live in one budget. More blocks let more requests share a pass over the weights; less memory for weights makes a
+pass longer. Far from full residency the batch wins, close to it the weights do: every choice is predicted, the fastest
+is taken.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from partition.errors import BudgetError
 from partition.model_spec import ModelSpec
-from partition.plan_data import PlanOptions
+from partition.plan_data import KvChoice, Plan, PlanOptions
 from partition.sizes import format_size
 
 DEFAULT_MAX_MODEL_LEN = 8192
 EXPECTED_LEN = 2048  # tokens that a request is expected to hold, when memory for KV is chosen and not given
 _SHORTEST_AUTO_LEN = 512
-_KV_PER_CENT_WHEN_STREAMING = 25
+_STEP = 1.25  # from one candidate to the next
+_TIE = 0.99  # of the best: as fast, and then longer sequences are worth more
+
+Trial = Callable[[int, int], KvChoice | None]
+"""(blocks, batch) to what that would give; None when the weights then do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,29 +45,36 @@ class Pool:
     block_bytes: int
     largest_block_bytes: int
 
+    @property
+    def left_bytes(self) -> int:
+        """For KV, with no more weights in memory than must be."""
+        return self.budget_bytes - self.activation_bytes - self.least_weight_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvDecision:
-    """`num_blocks` on every rank. `expected_len`: tokens a request is counted with in predictions."""
+    """`num_blocks` on every rank. `batch`: requests that predictions count with. `choices`: what was weighed."""
 
     num_blocks: int
     max_model_len: int
-    expected_len: int
+    batch: int
+    choices: tuple[KvChoice, ...]
 
 
-def decide_kv(pools: Sequence[Pool], spec: ModelSpec, options: PlanOptions, *, max_requests: int) -> KvDecision:
-    """The same number of blocks everywhere: what the tightest pool allows.
+def decide_kv(
+    pools: Sequence[Pool], spec: ModelSpec, options: PlanOptions, *, max_requests: int, trial: Trial
+) -> KvDecision:
+    """The same number of blocks everywhere: at most what the tightest pool allows.
 
-    With engine.kv_memory: that much on each rank. Without: enough for `max_requests` expected lengths, but at most a
-    quarter of the budget when weights must be streamed. engine.max_model_len, where not given, shrinks to what fits.
+    With engine.kv_memory: that much on each rank. Without: from one expected request to `max_requests` of them, what
+    decodes fastest. engine.max_model_len, where not given, shrinks to what fits.
     Raises BudgetError when not one sequence of engine.max_model_len fits.
     """
     asked = options.max_model_len
-    max_model_len = asked or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
-    one = _blocks(max_model_len if asked else min(max_model_len, _SHORTEST_AUTO_LEN), options)
+    longest = asked or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
+    one = _blocks(longest if asked else min(longest, _SHORTEST_AUTO_LEN), options)
     for pool in pools:
-        left = pool.budget_bytes - pool.activation_bytes - pool.least_weight_bytes
-        if left < 0:
+        if pool.left_bytes < 0:
             raise BudgetError(
                 f"{pool.name} may use {format_size(pool.budget_bytes)}, but needs at least "
                 f"{format_size(pool.least_weight_bytes)} for a ring of the largest units and "
@@ -66,42 +82,88 @@ def decide_kv(pools: Sequence[Pool], spec: ModelSpec, options: PlanOptions, *, m
                 f"engine.max_batch_tokens or engine.max_requests, or use more ranks (parallel.tensor or .pipeline)"
             )
     if options.kv_memory is not None:
-        num_blocks = min(options.kv_memory // pool.largest_block_bytes for pool in pools)
+        candidates = [min(options.kv_memory // pool.largest_block_bytes for pool in pools)]
     else:
-        wanted = max(one, max_requests * _blocks(min(max_model_len, EXPECTED_LEN), options))
-        num_blocks = min(_auto_blocks(pool, one=one, wanted=wanted) for pool in pools)
+        expected = _blocks(min(longest, EXPECTED_LEN), options)
+        candidates = _candidates(pools, one=one, expected=expected, max_requests=max_requests)
+    most = max(candidates)
     if asked is None:
-        max_model_len = min(max_model_len, num_blocks * options.block_tokens)
-        one = min(one, max(1, num_blocks))
-    if num_blocks < one or max_model_len < 2:
+        one = min(one, max(1, most))
+    if most < one or most * options.block_tokens < 2:
         _refuse(pools, options, one=max(1, one))
     for pool in pools:
-        left = pool.budget_bytes - pool.activation_bytes - pool.least_weight_bytes
-        if num_blocks * pool.block_bytes > left:
+        if most * pool.block_bytes > pool.left_bytes:
             raise BudgetError(
                 f"engine.kv_memory {format_size(options.kv_memory or 0)} a rank takes "
-                f"{format_size(num_blocks * pool.block_bytes)} of {pool.name}, where "
-                f"{format_size(max(0, left))} of {format_size(pool.budget_bytes)} are left beside the weights' "
+                f"{format_size(most * pool.block_bytes)} of {pool.name}, where "
+                f"{format_size(pool.left_bytes)} of {format_size(pool.budget_bytes)} are left beside the weights' "
                 f"ring and activations: lower engine.kv_memory or raise {pool.key}"
             )
-    return KvDecision(num_blocks=num_blocks, max_model_len=max_model_len, expected_len=min(max_model_len, EXPECTED_LEN))
+    found = [
+        choice for blocks in candidates if (choice := trial(blocks, _batch(blocks, longest, options, max_requests)))
+    ]
+    num_blocks = candidates[0]
+    if found:
+        enough = _TIE * max(choice.tokens_per_s for choice in found)
+        num_blocks = max(choice.num_blocks for choice in found if choice.tokens_per_s >= enough)
+    return KvDecision(
+        num_blocks=num_blocks,
+        max_model_len=longest if asked else min(longest, num_blocks * options.block_tokens),
+        batch=_batch(num_blocks, longest, options, max_requests),
+        choices=tuple(replace(choice, chosen=choice.num_blocks == num_blocks) for choice in found),
+    )
+
+
+def describe_kv(plan: Plan) -> str:
+    """Why the plan's KV cache is as large as it is, in a line for people."""
+    chosen = next((choice for choice in plan.kv_choices if choice.chosen), None)
+    if chosen is None:
+        return f"KV {format_size(sum(rank.kv_bytes for rank in plan.ranks))}"
+    text = (
+        f"KV {format_size(chosen.kv_bytes)} for {chosen.batch} request{'s' * (chosen.batch != 1)} at a time beside "
+        f"{format_size(chosen.resident_bytes)} of resident weights: {chosen.tokens_per_s:.3g} tok/s"
+    )
+    others = [choice for choice in plan.kv_choices if not choice.chosen]
+    for name, share in (("half", 0.5), ("twice", 2.0)):
+        near = [choice for choice in others if 0.8 * share <= choice.num_blocks / chosen.num_blocks <= 1.25 * share]
+        if near:
+            best = min(near, key=lambda choice: abs(math.log(choice.num_blocks / chosen.num_blocks / share)))
+            text += f"; with about {name} of it {best.tokens_per_s:.3g}"
+    return text
+
+
+def _candidates(pools: Sequence[Pool], *, one: int, expected: int, max_requests: int) -> list[int]:
+    """Numbers of blocks worth a try, fewest first.
+
+    None is below an expected request, unless that does not fit: speed is not bought with sequences too short to use.
+    """
+    wanted = max(one, max_requests * expected)
+    top = min(wanted, *(pool.left_bytes // pool.block_bytes for pool in pools))
+    least = max(one, expected)
+    if top <= least:
+        return [top]
+    found = {least, top}
+    # where the last streamed weights, or the ends that would be read in every pass, just stay
+    for stays in ([pool.weight_bytes for pool in pools], [pool.pinned_weight_bytes for pool in pools]):
+        beside = [
+            (pool.budget_bytes - pool.activation_bytes - weights) // pool.block_bytes
+            for pool, weights in zip(pools, stays, strict=True)
+        ]
+        found |= {blocks for blocks in (min(beside), max(beside)) if least < blocks < top}
+    size = float(least)
+    while (size := size * _STEP) < top:
+        found.add(min(top, math.ceil(size / expected) * expected))
+    return sorted(found)
+
+
+def _batch(num_blocks: int, longest: int, options: PlanOptions, max_requests: int) -> int:
+    """Requests of the expected length that the blocks hold at a time."""
+    expected = min(longest, EXPECTED_LEN, max(1, num_blocks) * options.block_tokens)
+    return max(1, min(max_requests, num_blocks // _blocks(expected, options)))
 
 
 def _blocks(num_tokens: int, options: PlanOptions) -> int:
     return math.ceil(num_tokens / options.block_tokens)
-
-
-def _auto_blocks(pool: Pool, *, one: int, wanted: int) -> int:
-    most = pool.budget_bytes - pool.activation_bytes - pool.least_weight_bytes
-    beside_all = pool.budget_bytes - pool.activation_bytes - pool.weight_bytes
-    # near full residency the last streamed bytes cost most, so KV yields to them down to a quarter of its wish
-    if beside_all >= max(one, wanted // 4) * pool.block_bytes:
-        return min(wanted, beside_all // pool.block_bytes)
-    quarter = pool.budget_bytes * _KV_PER_CENT_WHEN_STREAMING // 100
-    blocks = min(wanted, max(one, quarter // pool.block_bytes), most // pool.block_bytes)
-    # embedding and head are the largest units: read in every pass they cost more than the last KV blocks bring
-    beside_pinned = (pool.budget_bytes - pool.activation_bytes - pool.pinned_weight_bytes) // pool.block_bytes
-    return min(blocks, beside_pinned) if beside_pinned >= max(one, blocks // 4) else blocks
 
 
 def _refuse(pools: Sequence[Pool], options: PlanOptions, *, one: int) -> None:
@@ -112,10 +174,9 @@ def _refuse(pools: Sequence[Pool], options: PlanOptions, *, one: int) -> None:
             f"one sequence of {tokens} tokens needs {format_size(need)} of KV cache a rank, engine.kv_memory is "
             f"{format_size(options.kv_memory)}: raise engine.kv_memory or lower engine.max_model_len"
         )
-    pool = min(pools, key=lambda p: (p.budget_bytes - p.activation_bytes - p.least_weight_bytes) // p.block_bytes)
-    left = pool.budget_bytes - pool.activation_bytes - pool.least_weight_bytes
+    pool = min(pools, key=lambda pool: pool.left_bytes // pool.block_bytes)
     raise BudgetError(
         f"one sequence of {tokens} tokens needs {format_size(one * pool.block_bytes)} of KV cache on {pool.name}, "
-        f"where {format_size(left)} of {format_size(pool.budget_bytes)} are left beside the weights' ring and "
-        f"activations: raise {pool.key} or lower engine.max_model_len"
+        f"where {format_size(pool.left_bytes)} of {format_size(pool.budget_bytes)} are left beside the weights' ring "
+        f"and activations: raise {pool.key} or lower engine.max_model_len"
     )

@@ -10,7 +10,7 @@ from partition.hardware import HardwareFacts
 from partition.plan_data import PlanOptions
 from partition.sizes import format_size
 
-_LEAST_RESERVE_BYTES = 256 << 20
+_LEAST_RESERVE_BYTES = 64 << 20
 _RESERVE_PER_CENT = 3
 
 

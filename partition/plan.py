@@ -1,22 +1,25 @@
 """make_plan: a model, machines and options in; which rank owns what, where, and at what cost out. Pure arithmetic.
 
-In order: cut the axes and the layers, place stages on nodes, set the KV blocks, give the rest of each memory to
-weights, choose tiers, predict. What does not fit ends here with need, have and the option to turn.
+In order: cut the axes and the layers, place stages on nodes, share each memory between KV and weights so that the
+predicted speed is greatest, choose tiers, predict. What does not fit ends here with need, have and the option to turn.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from pydantic import TypeAdapter, ValidationError
 
-from partition.allocation import Layout, Work, lay_out, prepare, unit_bytes
-from partition.cost import predict
+from partition.allocation import lay_out, predict_step, steps_in_flight
+from partition.blob_spec import unit_bytes
 from partition.errors import BudgetError, ConfigError
 from partition.hardware import HardwareFacts
+from partition.kv_budget import describe_kv
 from partition.model_spec import ModelSpec
 from partition.plan_data import (
     DTYPE_BYTES,
+    KvChoice,
     NodeBudget,
     Plan,
     PlanOptions,
@@ -25,9 +28,11 @@ from partition.plan_data import (
     Tier,
     UnitPlacement,
 )
+from partition.work import Work, prepare
 
 __all__ = [
     "DTYPE_BYTES",
+    "KvChoice",
     "NodeBudget",
     "Plan",
     "PlanOptions",
@@ -36,6 +41,7 @@ __all__ = [
     "Tier",
     "UnitPlacement",
     "describe",
+    "describe_kv",
     "make_plan",
     "plan_from_json",
     "plan_to_json",
@@ -47,12 +53,26 @@ MAX_MICRO_BATCHES = 16
 
 def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) -> Plan:
     """The plan. Raises ConfigError for options that contradict each other or the model, BudgetError for a misfit."""
-    work = prepare(spec, hardware, options)
+    if not options.embedding_rows or options.device != "cpu":
+        return _plan(prepare(spec, hardware, options, embedding_rows=False))
+    try:
+        whole = _plan(prepare(spec, hardware, options, embedding_rows=False))
+    except BudgetError:
+        return _plan(prepare(spec, hardware, options, embedding_rows=True))
+    if not any(rank.streamed_bytes_per_pass for rank in whole.ranks):
+        return whole
+    rows = _plan(prepare(spec, hardware, options, embedding_rows=True))
+    faster = rows.prediction.decode_tokens_per_s > whole.prediction.decode_tokens_per_s
+    return rows if faster else whole
+
+
+def _plan(work: Work) -> Plan:
+    spec, hardware, options = work.spec, work.hardware, work.options
     layout = lay_out(work, micro_batches=1)
     micro_batches = 1
     if any(rank.streamed_bytes_per_pass for rank in layout.ranks):
         # a step large enough that computing hides the streaming, if its hidden states fit
-        crossing = _predict(work, layout).crossing_tokens
+        crossing = predict_step(work, layout.loads, layout.kv.batch).crossing_tokens
         wanted = min(MAX_MICRO_BATCHES, math.ceil(crossing / work.max_batch_tokens))
         while wanted > 1:
             try:
@@ -74,7 +94,7 @@ def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) ->
         max_micro_batches=micro_batches,
         max_requests=work.max_requests,
         max_model_len=layout.kv.max_model_len,
-        max_steps_in_flight=_steps_in_flight(work, layout),
+        max_steps_in_flight=steps_in_flight(layout.loads),
         budgets=tuple(
             NodeBudget(
                 node=node,
@@ -86,19 +106,21 @@ def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) ->
             )
             for node, limit in work.limits.items()
         ),
-        prediction=_predict(work, layout),
+        prediction=predict_step(work, layout.loads, layout.kv.batch),
+        encoding=options.encodings.name,
+        kv_choices=layout.kv.choices,
     )
 
 
 def plan_to_json(plan: Plan) -> str:
     """The plan as JSON; `plan_from_json` gives back an equal plan."""
-    return TypeAdapter(Plan).dump_json(plan, indent=1).decode()
+    return _adapter().dump_json(plan, indent=1).decode()
 
 
 def plan_from_json(text: str | bytes) -> Plan:
     """The plan of that JSON. Raises ConfigError when it is none."""
     try:
-        return TypeAdapter(Plan).validate_json(text)
+        return _adapter().validate_json(text)
     except ValidationError as error:
         raise ConfigError(f"this is not a plan: {error}") from error
 
@@ -115,6 +137,7 @@ def describe(plan: Plan) -> list[dict[str, str | int]]:
             "layers": f"{rank.first_layer}-{rank.end_layer - 1}",
             "device_weights_bytes": rank.bytes_in("device"),
             "host_weights_bytes": rank.bytes_in("host"),
+            "cut_units": sum(unit.kept_bytes > 0 for unit in rank.units),
             "nvme_weights_bytes": rank.bytes_in("nvme"),
             "slots": rank.num_slots,
             "device_slots": rank.num_device_slots,
@@ -131,22 +154,6 @@ def describe(plan: Plan) -> list[dict[str, str | int]]:
     ]
 
 
-def _steps_in_flight(work: Work, layout: Layout) -> int:
-    """As many as stages, except where stages share a disk: there a second step in flight reads nothing faster, and each
-    pass would serve only a part of the requests."""
-    own_nodes = len({stage.node for stage in work.stages}) == len(work.stages)
-    no_disk = not any(rank.bytes_in("nvme") for rank in layout.ranks)
-    return work.options.pipeline if own_nodes or no_disk else 1
-
-
-def _predict(work: Work, layout: Layout) -> Prediction:
-    per_request = math.ceil(layout.kv.expected_len / work.options.block_tokens)
-    batch = max(1, min(work.max_requests, layout.kv.num_blocks // per_request))
-    return predict(
-        work.spec,
-        layout.ranks,
-        work.hardware,
-        dtype=work.options.dtype,
-        batch=batch,
-        steps_in_flight=_steps_in_flight(work, layout),
-    )
+@cache
+def _adapter() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)  # takes longer to make than to use

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from partition.encoding import EncodingChoice
 from partition.model_spec import ModelSpec
 
-Tier = Literal["device", "host", "nvme"]
+Tier = Literal["device", "host", "nvme", "rows"]
 SAMPLING_BYTES_PER_LOGIT = 64  # sort (value, id) and the float64 distribution with its sums
 SAMPLING_BYTES = 16 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
 ATTENTION_SCORES = 1 << 20  # query rows × keys of one attention call; long prompts are attended in slices of rows
 ATTENTION_BYTES_PER_SCORE = 8  # the mask, as bool and as float
+ROW_STAGING_BYTES = 8 << 20  # pages that hold the rows of an embedding on disk; long prompts take several rounds
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -22,13 +24,16 @@ class PlanOptions:
     `host_memory`: per node, shared by its ranks; on cpu the ceiling for weights, slots, KV and activations together.
     `device_memory` and `kv_memory`: per rank. `max_batch_tokens`: tokens of one micro-batch.
     `process_footprint_bytes`: what a worker process takes before any weight; `launcher_footprint_bytes`: what else runs
-    on node 0.
+    on node 0. `encodings`: how weights are kept at rest. `embedding_rows`: on cpu the embedding may stay on disk, where
+    a pass reads the rows of its tokens, if that makes room for what is streamed.
     """
 
     name: str
     tensor: int = 1
     pipeline: int = 1
     dtype: str = "bfloat16"
+    encodings: EncodingChoice = field(default_factory=EncodingChoice)
+    embedding_rows: bool = False
     device: str = "cpu"
     device_memory: int | None = None
     host_memory: int | None = None
@@ -44,19 +49,31 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlacement:
-    """One unit of one rank: its packed blob's length and the tier that it lives in."""
+    """One unit of one rank: its packed blob's length and the tier that it lives in.
+
+    On cpu a unit in "nvme" may keep its first arrays in memory: bytes [0, kept_bytes) stay, [streamed_from, num_bytes)
+    are read in every pass. Both are multiples of 4096 with at most a page in common; every array is whole in one part.
+    In "rows" (the embedding) only the rows of a pass's tokens are read, which no figure here counts.
+    """
 
     name: str
     tier: Tier
     num_bytes: int
+    kept_bytes: int = 0
+    streamed_from: int = 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Read from disk in every pass, and so what a slot must hold."""
+        return self.num_bytes - self.streamed_from if self.tier == "nvme" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
     """What one rank owns and may allocate. Layers are half-open; units are in order of use.
 
-    On cpu a unit computes in its slot or resident buffer, and `num_device_slots` is 0. On cuda `slot_bytes` is the size
-    of the device slots as well as of the pinned host slots (`num_slots` of them).
+    On cpu a unit computes where it lies, `slot_bytes` is the largest part that is streamed, and `num_device_slots` is
+    0. On cuda `slot_bytes` is the size of the device slots as well as of the pinned host slots (`num_slots` of them).
     """
 
     rank: int
@@ -76,8 +93,11 @@ class RankPlan:
     threads: int
 
     def bytes_in(self, tier: Tier) -> int:
-        """Bytes of the units that live in this tier."""
-        return sum(unit.num_bytes for unit in self.units if unit.tier == tier)
+        """Weights in this tier. Of a unit that is cut, the kept part counts as host, the streamed part as nvme."""
+        if tier == "nvme":
+            return sum(unit.disk_bytes for unit in self.units)
+        kept = sum(unit.kept_bytes for unit in self.units) if tier == "host" else 0
+        return kept + sum(unit.num_bytes for unit in self.units if unit.tier == tier)
 
     @property
     def on_cuda(self) -> bool:
@@ -85,17 +105,19 @@ class RankPlan:
 
     @property
     def resident_bytes(self) -> int:
-        """Units that are where they are computed, and so never move."""
+        """Weights that are where they are computed, and so never move."""
         return self.bytes_in("device" if self.on_cuda else "host")
 
     @property
     def streamed_bytes_per_pass(self) -> int:
-        """Units that move once a pass."""
-        return sum(unit.num_bytes for unit in self.units) - self.resident_bytes
+        """Weights that move once a pass, from disk or on cuda from host memory."""
+        if self.on_cuda:
+            return sum(unit.num_bytes for unit in self.units) - self.resident_bytes
+        return self.bytes_in("nvme")
 
     @property
     def host_bytes(self) -> int:
-        """Of this rank's node: units, slots, and on cpu also KV and activations."""
+        """Of this rank's node: weights, slots, and on cpu also KV and activations."""
         own = self.bytes_in("host") + self.num_slots * self.slot_bytes
         return own if self.on_cuda else own + self.kv_bytes + self.activation_bytes
 
@@ -137,8 +159,26 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KvChoice:
+    """One way to share memory between KV and weights, and what it should decode. Bytes are those of all ranks.
+
+    `batch`: requests of the expected length that the blocks hold, at most max_requests.
+    """
+
+    num_blocks: int
+    batch: int
+    kv_bytes: int
+    resident_bytes: int
+    tokens_per_s: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The frozen answer of the planner. `ranks[r].rank == r`."""
+    """The frozen answer of the planner. `ranks[r].rank == r`.
+
+    `encoding`: the at-rest encoding by name. `kv_choices`: what was weighed, fewest blocks first, one of them chosen.
+    """
 
     name: str
     model: ModelSpec
@@ -155,6 +195,8 @@ class Plan:
     max_steps_in_flight: int
     budgets: tuple[NodeBudget, ...]
     prediction: Prediction
+    encoding: str = "float"
+    kv_choices: tuple[KvChoice, ...] = ()
 
     @property
     def num_kv_blocks(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from partition.checkpoint_index import CheckpointIndex, TensorEntry
 from partition.errors import CheckpointError, UnsupportedModelError
+from partition.gguf_names import gguf_sources
 from partition.model_spec import ModelSpec, text_config
 from partition.sharding import ParameterSpec, units_of
 
@@ -16,23 +17,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _EXPERTS = re.compile(r"^(model\.layers\.\d+\.)mlp\.experts\.(gate_up_proj|down_proj)$")
 _ROUTER = re.compile(r"^(model\.layers\.\d+\.)mlp\.gate\.weight$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\..*\.(weight|bias)$")
-_IN_GGUF = {
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "self_attn.qkv_proj.weight": "attn_qkv.weight",
-    "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.bias": "attn_v.bias",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.gate_up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.experts.down_proj": "ffn_down_exps.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-}
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
 def check_tensors(spec: ModelSpec, index: CheckpointIndex) -> None:
@@ -112,22 +97,26 @@ def _layouts(spec: ModelSpec, parameter: ParameterSpec) -> Iterator[list[Expecte
 
 
 def _check_gguf(spec: ModelSpec, index: CheckpointIndex) -> None:
-    _compare_gguf(index, "token_embd.weight", (spec.vocab_size, spec.hidden_size))
-    _compare_gguf(index, "output_norm.weight", (spec.hidden_size,))
-    if not spec.tied:
-        _compare_gguf(index, "output.weight", (spec.vocab_size, spec.hidden_size))
-    for i, unit in enumerate(units_of(spec)[1:-1]):
+    sources = gguf_sources(spec, index.tensors)
+    for unit in units_of(spec):
         for parameter in unit.parameters:
-            leaf = _IN_GGUF.get(parameter.name.removeprefix(f"model.layers.{i}."))
-            if leaf is not None:
-                _compare_gguf(index, f"blk.{i}.{leaf}", parameter.shape)
-    blocks = {int(name.split(".")[1]) for name in index.tensors if re.match(r"^blk\.\d+\.", name)}
+            names, shape = sources[parameter.name], parameter.shape
+            if parameter.name == "lm_head.weight" and not spec.tied:
+                names = ("output.weight",)
+            if len(names) > 1:  # tensors whose rows lie one behind the other in the parameter
+                shape = (*shape[:-2], shape[-2] // len(names), shape[-1])
+            for name in names:
+                _compare(index, name, shape, index.tensors.get(name))
+    blocks = {int(found[1]) for name in index.tensors if (found := _BLOCK.match(name))}
     if blocks != set(range(spec.num_layers)):
         raise CheckpointError(f"{index.path} has {len(blocks)} blocks, its metadata says {spec.num_layers}")
-
-
-def _compare_gguf(index: CheckpointIndex, name: str, shape: tuple[int, ...]) -> None:
-    _compare(index, name, shape, index.tensors.get(name))
+    known = {name for names in sources.values() for name in names}
+    for name in index.tensors:
+        if _BLOCK.match(name) and name not in known:
+            raise CheckpointError(
+                f"{index.path}: tensor {name!r} belongs to no parameter of a {spec.model_type} model, so the model "
+                f"would be computed without it"
+            )
 
 
 def _compare(index: CheckpointIndex, name: str, shape: tuple[int, ...], entry: TensorEntry | None) -> None:

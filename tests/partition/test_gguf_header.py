@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from partition.checkpoint import check_tensors, open_checkpoint
 from partition.errors import CheckpointError, UnsupportedModelError
-from partition.gguf_header import TENSOR_TYPES, SkippedArray, read_gguf_header
+from partition.gguf_header import SkippedArray, read_gguf_header
+from partition.gguf_types import TENSOR_TYPES
 from partition.model_spec import ModelSpec
 
 U32, F32, STRING, ARRAY = 4, 6, 8, 9

@@ -15,6 +15,7 @@ nodes:
     disk_per_s: 6 GB
     flops: 4e12
     memory_per_s: 300 GB
+    layer_overhead_s: 0.0004
     devices:
       - {name: H100, count: 8, memory: 80 GiB, link_per_s: 50 GB, flops: 4.0e+14, memory_per_s: 3 TB}
   - {name: small, cores: 2, memory: 8 GiB}
@@ -34,6 +35,7 @@ def test_a_good_file(tmp_path):
     assert (big.memory_bytes, big.disk_bytes_per_s, big.flops) == (512 << 30, 6e9, 4e12)
     assert len(big.devices) == 8
     assert (big.devices[0].memory_bytes, big.devices[0].flops) == (80 << 30, 4e14)
+    assert (big.layer_overhead_s, small.layer_overhead_s) == (0.0004, None)
     assert big.assumed == ()
     assert small.assumed == ("disk_per_s", "flops", "memory_per_s")
     assert small.memory_source == "hardware.yaml"
@@ -51,6 +53,7 @@ def test_a_good_file(tmp_path):
         ("nodes: [{name: a, cores: 2, memory: [8]}]", "memory"),
         ("nodes: [{name: a, cores: 2, memory: 8 GiB, disk_per_s: 0}]", "more than 0"),
         ("nodes: [{name: a, cores: 2, memory: 8 GiB, flops: fast}]", "'flops' must be a number"),
+        ("nodes: [{name: a, cores: 2, memory: 8 GiB, layer_overhead_s: -1}]", "'layer_overhead_s' must be a number"),
         ("nodes: [{name: a, cores: 2, cores: 3, memory: 8 GiB}]", "'cores' is there twice"),
         ("nodes: [{name: a, cores: 2, memory: 1 GiB}, {name: a, cores: 2, memory: 1 GiB}]", "same name"),
         ("nodes: []", "at least one node"),
