@@ -12,11 +12,16 @@ import torch
 
 from offload.digest import Digest
 from offload.dtypes import name_of
-from offload.format import TMP_SUFFIX, BlobEntry, TensorLayout, blob_file
+from offload.encoded import EncodedTensor
+from offload.format import TMP_SUFFIX, BlobEntry, EncodedPart, TensorLayout, blob_file
 from offload.slots import page_buffer
+from partition.encoding import parts_of
 from partition.errors import StoreError
 from partition.layout import blob_layout
 from partition.sizes import format_size
+
+Weights = Mapping[str, torch.Tensor | EncodedTensor]
+"""A unit's tensors by parameter name, each in its at-rest form."""
 
 PIECE_BYTES = 16 * 2**20
 """Bytes gathered at once from a tensor that is not contiguous: what packing needs beside the unit itself."""
@@ -43,16 +48,17 @@ def out_of_space(directory: Path, need: int, reason: str) -> StoreError:
     )
 
 
-def layout_of(unit: str, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[TensorLayout, ...], int]:
-    """Where each tensor goes, in the mapping's order, and the blob's length in bytes.
+def layout_of(unit: str, tensors: Weights) -> tuple[tuple[TensorLayout, ...], int]:
+    """Where each array goes, in the mapping's order, and the blob's length in bytes.
 
     Raises:
         ValueError: a tensor is not on the CPU or of a type that cannot be stored (an error of the source).
     """
-    for name, tensor in tensors.items():
+    arrays = list(_arrays(tensors))
+    for name, _, tensor in arrays:
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             raise ValueError(f"{unit}: {name} is a {tensor.layout} tensor on {tensor.device}, not a dense one on cpu")
-    offsets, length = blob_layout([tensor.numel() * tensor.itemsize for tensor in tensors.values()])
+    offsets, length = blob_layout([tensor.numel() * tensor.itemsize for _, _, tensor in arrays])
     layouts = tuple(
         TensorLayout(
             name=name,
@@ -60,17 +66,37 @@ def layout_of(unit: str, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Ten
             shape=tuple(tensor.shape),
             offset=offset,
             num_bytes=tensor.numel() * tensor.itemsize,
+            encoded=encoded,
         )
-        for (name, tensor), offset in zip(tensors.items(), offsets, strict=True)
+        for (name, encoded, tensor), offset in zip(arrays, offsets, strict=True)
     )
     return layouts, length
+
+
+def _arrays(tensors: Weights) -> Iterator[tuple[str, EncodedPart | None, torch.Tensor]]:
+    """What is stored, in order: a tensor as it is, an encoded one as its parts."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            yield name, None, tensor
+            continue
+        for part in parts_of(tensor.encoding, tuple(tensor.shape)):
+            yield (
+                name,
+                EncodedPart(
+                    encoding=tensor.encoding,
+                    part=part.name,
+                    dtype=name_of(tensor.dtype),
+                    shape=tuple(tensor.shape),
+                ),
+                tensor.codes if part.name == "codes" else tensor.scales,
+            )
 
 
 def write_blob(
     directory: Path,
     unit: str,
     tp_rank: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Weights,
     advance: Callable[[int], None],
 ) -> BlobEntry:
     """Write one blob and rename it into place; `advance` gets the bytes of each piece written.
@@ -165,14 +191,12 @@ def tensor_pieces(tensor: torch.Tensor, staging: torch.Tensor) -> Iterator[memor
             yield from tensor_pieces(tensor[start : start + rows], staging)
 
 
-def _pieces_of_blob(
-    layouts: tuple[TensorLayout, ...], length: int, tensors: Mapping[str, torch.Tensor]
-) -> Iterator[memoryview]:
+def _pieces_of_blob(layouts: tuple[TensorLayout, ...], length: int, tensors: Weights) -> Iterator[memoryview]:
     position = 0
     staging = page_buffer(PIECE_BYTES).tensor  # not touched, so not there, while all tensors are contiguous
-    for layout in layouts:
+    for layout, (_, _, tensor) in zip(layouts, _arrays(tensors), strict=True):
         yield from _padding(layout.offset - position)
-        yield from tensor_pieces(tensors[layout.name], staging)
+        yield from tensor_pieces(tensor, staging)
         position = layout.offset + layout.num_bytes
     yield from _padding(length - position)
 

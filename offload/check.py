@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Literal
 
-from offload.digest import digest_of
+from offload.digest import Digest
 from offload.format import BlobEntry
 from offload.stats import StreamStats
 from partition.errors import StoreError
@@ -49,15 +50,26 @@ class BlobCheck:
         self._blobs = blobs
         self._stats = stats
         self._verified: set[int] = set()
+        self._as_opened = [_state_of(directory / blob.file) for blob in blobs]
 
     def wanted(self, index: int) -> bool:
-        """Whether blob `index`, just read, has to be compared."""
-        return self._policy == "always" or (self._policy == "first" and index not in self._verified)
+        """Whether blob `index`, just read, has to be compared.
 
-    def verify(self, index: int, memory: memoryview) -> None:
-        """Compare the blob's bytes if the policy wants it. Raises StoreError naming unit and file."""
+        Raises:
+            StoreError: it has not, and its file was written to since it was opened.
+        """
+        if self._policy == "always" or (self._policy == "first" and index not in self._verified):
+            return True
+        self._refuse_changes(index)
+        return False
+
+    def verify(self, index: int, *pieces: memoryview) -> None:
+        """Compare the blob's bytes, in order, if the policy wants it. Raises StoreError naming unit and file."""
         if self.wanted(index):
-            self.compare(index, digest_of(memory))
+            digest = Digest()
+            for piece in pieces:
+                digest.update(piece)
+            self.compare(index, digest.hex())
 
     def compare(self, index: int, digest: str) -> None:
         """Compare a checksum computed elsewhere. Raises StoreError naming unit and file."""
@@ -70,3 +82,22 @@ class BlobCheck:
             )
         self._verified.add(index)
         self._stats.num_verified += 1
+
+    def _refuse_changes(self, index: int) -> None:
+        """A file put in its place is none of our concern: readers keep the one that they opened."""
+        before, path = self._as_opened[index], self._directory / self._blobs[index].file
+        now = _state_of(path)
+        if before is not None and now is not None and now != before and now[0] == before[0]:
+            raise StoreError(
+                f"{path} was written to while it is in use ({before[1]} bytes then, {now[1]} now): unit "
+                f"{self._blobs[index].unit!r} cannot be trusted. Run `dist-infer verify`, and find out who writes there"
+            )
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """(inode, bytes, time of the last write), None when there is no file: reading it will tell."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns

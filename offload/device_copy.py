@@ -7,13 +7,21 @@ compute stream: wait arrived(d)  │ compute │ record computed(d)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from offload.aligned import address_of
 from offload.slots import HostBuffer, page_buffer
-from partition.layout import ALIGN_BLOB
+from partition.errors import BudgetError
+from partition.layout import ALIGN_BLOB, round_up
+from partition.sizes import format_size
+
+_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device of this process, not for one
 
 
 class DeviceCopy(Protocol):
@@ -53,8 +61,15 @@ class DeviceCopy(Protocol):
         """What a reader calls, on its own thread, before it overwrites a host slot: waits for the slot's copy."""
         ...
 
+    def waits(self) -> Sequence[float]:
+        """Seconds that the device stood still in `before_compute`, of those calls that are known by now, in order.
+
+        Each call is told once. Empty where compute waits on the host, which measures for itself.
+        """
+        ...
+
     def close(self) -> None:
-        """Wait for copies under way, so that buffers can be freed."""
+        """Wait for copies under way, so that buffers can be freed. Idempotent."""
         ...
 
 
@@ -84,8 +99,49 @@ class CpuCopy:
     def read_again(self, host_slot: int) -> Callable[[], None]:
         return lambda: None
 
+    def waits(self) -> Sequence[float]:
+        return ()
+
     def close(self) -> None:
         """Nothing is under way."""
+
+
+class PinnedPages:
+    """Host buffers of our own pages, page-locked for a device, to the byte.
+
+    torch's pinned allocator would round each buffer up to a power of two (1.7 GB to 2.1 GB) and keep what is freed; and
+    memory of the driver's own is not counted by every memory cgroup. Pages of ours are.
+
+    lock(address, num_bytes) and unlock(address): the driver's. `lock` raises RuntimeError when it cannot.
+    """
+
+    def __init__(self, lock: Callable[[int, int], None], unlock: Callable[[int], None]) -> None:
+        self._lock, self._unlock = lock, unlock
+        self._locked: list[tuple[int, memoryview]] = []  # holds the pages: none is unmapped while it is locked
+
+    def buffer(self, num_bytes: int) -> HostBuffer:
+        """A zeroed, page-aligned, locked buffer. Raises BudgetError when the system does not lock so much."""
+        buffer = page_buffer(num_bytes)
+        if num_bytes == 0:
+            return buffer
+        address = address_of(buffer.memory)
+        try:
+            self._lock(address, round_up(num_bytes, ALIGN_BLOB))
+        except RuntimeError as error:
+            held = sum(memory.nbytes for _, memory in self._locked)
+            raise BudgetError(
+                f"{format_size(num_bytes)} of host memory cannot be page-locked for the GPU beside {format_size(held)} "
+                f"that is locked already ({error}): lower offload.host_memory, or raise the memory limit of the "
+                "machine, its container or cgroup"
+            ) from error
+        self._locked.append((address, buffer.memory))
+        return buffer
+
+    def release(self) -> None:
+        """Unlock all; no copy from or to it may be under way. Memory goes with the last view of it. Idempotent."""
+        while self._locked:
+            address, _ = self._locked.pop()
+            self._unlock(address)
 
 
 class CudaCopy:
@@ -95,19 +151,20 @@ class CudaCopy:
 
     def __init__(self, device: str, num_host_slots: int, num_device_slots: int) -> None:
         self._device = torch.device(device)
+        self._pages = PinnedPages(partial(_lock_pages, self._device), _unlock_pages)
+        # for a streamer whose loading failed and that is let go without `close`; not at exit, when all goes anyway
+        weakref.finalize(self, self._pages.release).atexit = False
         self._stream = torch.cuda.Stream(device=self._device)  # type: ignore[no-untyped-call]
         self._arrived = [torch.cuda.Event() for _ in range(num_device_slots)]  # type: ignore[no-untyped-call]
         self._computed = [torch.cuda.Event() for _ in range(num_device_slots)]  # type: ignore[no-untyped-call]
         # waited for on reader threads, which must sleep there and not spin on a core
         self._left = [torch.cuda.Event(blocking=True) for _ in range(num_host_slots)]  # type: ignore[no-untyped-call]
+        # around each wait for a copy: as many pairs as waits are enqueued and not over, made once and used again
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def host_buffer(self, num_bytes: int) -> HostBuffer:
-        tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        if tensor.data_ptr() % ALIGN_BLOB:  # direct reads need whole pages, which the allocator does not promise
-            roomy = torch.empty(num_bytes + ALIGN_BLOB, dtype=torch.uint8, pin_memory=True)
-            start = -roomy.data_ptr() % ALIGN_BLOB
-            tensor = roomy[start : start + num_bytes]
-        return HostBuffer(tensor.numpy().data, tensor)
+        return self._pages.buffer(num_bytes)
 
     def device_buffer(self, num_bytes: int) -> torch.Tensor:
         buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
@@ -128,16 +185,53 @@ class CudaCopy:
             self._left[host_slot].record(self._stream)
 
     def before_compute(self, device_slot: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._arrived[device_slot])
+        compute = torch.cuda.current_stream(self._device)
+        before, after = self._spare.pop() if self._spare else (_timed_event(), _timed_event())
+        before.record(compute)
+        compute.wait_event(self._arrived[device_slot])
+        after.record(compute)
+        self._waits.append((before, after))
 
     def after_compute(self, device_slot: int) -> None:
         self._computed[device_slot].record(torch.cuda.current_stream(self._device))
 
     def read_again(self, host_slot: int) -> Callable[[], None]:
-        return self._left[host_slot].synchronize
+        copied = self._left[host_slot]
+
+        def wait() -> None:
+            with torch.cuda.device(self._device):  # a thread without a device would open a context on the first one
+                copied.synchronize()
+
+        return wait
+
+    def waits(self) -> Sequence[float]:
+        found = []
+        while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call]
+            before, after = pair = self._waits.popleft()
+            found.append(1e-3 * before.elapsed_time(after))
+            self._spare.append(pair)
+        return found
 
     def close(self) -> None:
-        self._stream.synchronize()
+        try:
+            self._stream.synchronize()
+        finally:  # after an error of the device nothing is copied any more
+            self._pages.release()
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _lock_pages(device: torch.device, address: int, num_bytes: int) -> None:
+    with torch.cuda.device(device):
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(runtime.cudaHostRegister(address, num_bytes, _REGISTER_PORTABLE))
+
+
+def _unlock_pages(address: int) -> None:
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(runtime.cudaHostUnregister(address))
 
 
 def copy_for(device: str, num_host_slots: int, num_device_slots: int) -> DeviceCopy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +13,7 @@ from offload.format import BlobEntry
 from offload.read_ahead import ReadAhead
 from offload.slots import SlotRing
 from offload.stats import StreamStats
+from offload.timeline import Timeline
 
 
 class DeviceStage:
@@ -30,6 +33,7 @@ class DeviceStage:
         copy: DeviceCopy,
         num_slots: int,
         stats: StreamStats,
+        timeline: Timeline | None = None,
     ) -> None:
         self._blobs = blobs
         self._order = order
@@ -38,10 +42,12 @@ class DeviceStage:
         self._read_ahead = read_ahead
         self._copy = copy
         self._stats = stats
+        self._timeline = timeline
         slot_bytes = max((blobs[index].length for index in order), default=0)
         self._slots = [copy.device_buffer(slot_bytes) for _ in range(num_slots)] if order else []
         self._num_copied = 0
         self._num_used = 0
+        self._waiting: deque[str] = deque()  # units whose wait on the device is not known yet, in order
 
     def buffer(self, slot: int) -> torch.Tensor:
         """The whole device slot, uint8."""
@@ -67,7 +73,9 @@ class DeviceStage:
         if self._num_copied == self._num_used:
             self._copy_next()
         slot = self._num_used % len(self._slots)
+        self._waiting.append(self._blobs[index].unit)
         self._copy.before_compute(slot)
+        self.settle()
         self.copy_ahead()
         return slot
 
@@ -76,6 +84,14 @@ class DeviceStage:
         self._copy.after_compute(slot)
         self._num_used += 1
         self.copy_ahead()
+
+    def settle(self) -> None:
+        """Count what the device waited for copies, as far as it is over. Waits for nothing.
+
+        The host only enqueues: without this a pass that the link bounds would look like one that computes.
+        """
+        for seconds in self._copy.waits():
+            self._stats.add_stall(self._waiting.popleft(), seconds)
 
     def close(self) -> None:
         """Wait for copies under way and let the device slots go."""
@@ -87,11 +103,13 @@ class DeviceStage:
         length = self._blobs[index].length
         slot = self._num_copied % len(self._slots)
         target = self._slots[slot][:length]
-        if index in self._host:
-            self._copy.start(self._host[index][:length], target, slot, None)
-        else:
-            host_slot = self._read_ahead.next(index)
-            self._copy.start(self._ring.buffer(host_slot).tensor[:length], target, slot, host_slot)
+        host_slot = None if index in self._host else self._read_ahead.next(index)
+        source = self._host[index] if host_slot is None else self._ring.buffer(host_slot).tensor
+        started = time.perf_counter()
+        self._copy.start(source[:length], target, slot, host_slot)
+        if self._timeline is not None:
+            self._timeline.add("copy", self._blobs[index].unit, slot, started, length)
+        if host_slot is not None:
             self._read_ahead.again(host_slot, self._copy.read_again(host_slot))
         self._num_copied += 1
         self._stats.bytes_copied += length

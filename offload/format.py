@@ -13,7 +13,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -21,10 +22,11 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from offload.digest import digest_of
+from partition.encoding import parts_of
 from partition.errors import StoreError
 from partition.layout import blob_layout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = "pack.lock"
 TMP_SUFFIX = ".tmp"
@@ -67,8 +69,23 @@ class StoreKey:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedPart:
+    """An array that is one part ("codes", "scales") of a tensor of `shape`, computed with in `dtype`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    encoding: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorLayout:
-    """One tensor inside a blob: bytes [offset, offset + num_bytes), elements in row-major order."""
+    """One array inside a blob: bytes [offset, offset + num_bytes), elements in row-major order.
+
+    `name` is the parameter's; the parts of an encoded one stand one after another, as partition.encoding orders them.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -77,7 +94,7 @@ class TensorLayout:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
-    encoding: str = "raw"
+    encoded: EncodedPart | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,10 +302,29 @@ def _contradiction(blob: BlobEntry) -> str | None:
             if tensor.num_bytes != prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
                 return f"{tensor.name} of {tensor.dtype} {tensor.shape} cannot have {tensor.num_bytes} bytes"
         offsets, length = blob_layout([tensor.num_bytes for tensor in blob.tensors])
+        if length != blob.length or offsets != tuple(tensor.offset for tensor in blob.tensors):
+            return f"its tensors need {length} bytes at {offsets}, it has {blob.length}"
+        return _wrong_parts(blob.tensors)
     except ValueError as error:
         return str(error)
-    if length != blob.length or offsets != tuple(tensor.offset for tensor in blob.tensors):
-        return f"its tensors need {length} bytes at {offsets}, it has {blob.length}"
-    if len({tensor.name for tensor in blob.tensors}) != len(blob.tensors):
-        return "a tensor is listed twice"
+
+
+def _wrong_parts(arrays: Sequence[TensorLayout]) -> str | None:
+    """Every tensor once, and an encoded one with all of its parts, in order."""
+    seen: set[str] = set()
+    for name, group in groupby(arrays, key=lambda array: array.name):
+        own = tuple(group)
+        if name in seen or (len(own) > 1 and own[0].encoded is None):
+            return f"{name} is listed twice"
+        seen.add(name)
+        whole = own[0].encoded
+        if whole is None:
+            continue
+        there = [(a.encoded.part if a.encoded else "", a.dtype, a.shape) for a in own]
+        if whole.dtype not in DTYPE_BYTES or there != [
+            (part.name, part.dtype, part.shape) for part in parts_of(whole.encoding, whole.shape)
+        ]:
+            return f"{name} of {whole.encoding} {whole.shape} {whole.dtype} cannot have the parts {there}"
+        if any(a.encoded != replace(whole, part=a.encoded.part if a.encoded else "") for a in own):
+            return f"the parts of {name} disagree"
     return None

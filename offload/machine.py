@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from offload.aligned import aligned_memory
-from offload.check import finish_read
-from offload.readers.port import ReadFile
-from offload.readers.threads import BLOCK_BYTES, NUM_THREADS, ThreadReader
+from offload.readers.measure import ReadMeasure
+from offload.readers.port import Reader
+from offload.readers.threads import ThreadReader
 from partition.errors import StoreError
-from partition.layout import ALIGN_BLOB
 
 PROC = Path("/proc")
 _UNLIMITED = 2**62  # cgroup v1 writes "no limit" as a page-rounded 2**63
-_READ_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,43 +62,38 @@ def cores(proc: Path = PROC) -> int:
     return max(1, int(min(counts)))
 
 
-def measure_read(path: Path, seconds: float = 0.3) -> float:
+def oom_kills(proc: Path = PROC) -> dict[str, int]:
+    """Processes that the kernel has killed for want of memory, by whose memory it was.
+
+    Keys: "cgroup v1 /a/b", … of each memory cgroup around this process, innermost first, then "this machine", which
+    counts all of them. v1 counts what died in the very group, v2 also in the groups below it.
+    """
+    found = {}
+    for group in _groups(proc, "memory"):
+        count = _counter(group.folder / ("memory.oom_control" if group.version == 1 else "memory.events"))
+        if count is not None:
+            found[f"cgroup v{group.version} {group.name}"] = count
+    machine = _counter(proc / "vmstat")
+    return found if machine is None else {**found, "this machine": machine}
+
+
+def measure_read(path: Path, seconds: float = 0.3, reader: Reader | None = None) -> float:
     """Bytes per second of reading `path` past the page cache, over and over, with the settings weights are read with.
 
-    Takes about `seconds` and 64 MiB of memory; the file has at least 4096 bytes, better several hundred MiB.
+    Takes about `seconds` and 32 MiB of memory; the file has at least 4096 bytes, better several hundred MiB.
+    `reader` stays the caller's; None: one of the default kind.
 
     Raises:
         StoreError: the file is too short or cannot be read.
     """
-    chunk_bytes = BLOCK_BYTES * NUM_THREADS
+    measure = ReadMeasure(path)
+    if reader is not None:
+        return measure.run(reader, seconds).bytes_per_s
+    own = ThreadReader()
     try:
-        usable = path.stat().st_size // ALIGN_BLOB * ALIGN_BLOB
-    except OSError as error:
-        raise StoreError(f"{path} cannot be measured: {error}") from error
-    if usable == 0:
-        raise StoreError(f"{path} has less than {ALIGN_BLOB} bytes: measure with a larger file")
-    chunk_bytes = min(chunk_bytes, usable)
-    buffers = [aligned_memory(chunk_bytes) for _ in range(4)]
-    for buffer in buffers:
-        buffer[:] = bytes(chunk_bytes)  # the first touch of memory is no business of the disk
-    reader = ThreadReader()
-    reading: deque[tuple[Future[int], int, memoryview]] = deque()
-    position = num_read = 0
-    started = time.perf_counter()
-    try:
-        while time.perf_counter() - started < seconds or reading:
-            while buffers and time.perf_counter() - started < seconds:
-                buffer = buffers.pop()
-                length = min(chunk_bytes, usable - position)
-                reading.append((reader.submit(ReadFile(path), position, length, buffer), length, buffer))
-                position = (position + length) % usable
-            future, length, buffer = reading.popleft()
-            finish_read(future, "measurement", path, length, _READ_TIMEOUT_S)
-            num_read += length
-            buffers.append(buffer)
-        return num_read / (time.perf_counter() - started)
+        return measure.run(own, seconds).bytes_per_s
     finally:
-        reader.close()
+        own.close()
 
 
 def _mem_available(proc: Path) -> int:
@@ -186,6 +175,15 @@ def _text(path: Path) -> str:
 def _number(path: Path) -> int | None:
     text = _text(path).strip()
     return int(text) if text.removeprefix("-").isdecimal() else None
+
+
+def _counter(path: Path) -> int | None:
+    """`oom_kill` in a file of lines "name count"."""
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(" ")
+        if name == "oom_kill" and value.strip().isdecimal():
+            return int(value)
+    return None
 
 
 def _two_numbers(path: Path) -> tuple[int | None, int | None]:

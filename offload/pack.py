@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from offload.aligned import aligned_memory
-from offload.blob import NO_SPACE, free_bytes, layout_of, out_of_space, write_blob, write_small
+from offload.blob import NO_SPACE, Weights, free_bytes, layout_of, out_of_space, write_blob, write_small
 from offload.digest import Digest
 from offload.format import (
     MANIFEST_FILE,
@@ -46,8 +44,8 @@ VERIFY_PIECE_BYTES = 8 * 2**20
 class WeightSource(Protocol):
     """Where packed tensors come from; implemented by whoever knows the model."""
 
-    def load_unit(self, unit: str) -> Sequence[Mapping[str, torch.Tensor]]:
-        """One mapping per wanted tp rank, in their order: name -> CPU tensor, converted, sharded, in its at-rest type.
+    def load_unit(self, unit: str) -> Sequence[Weights]:
+        """One mapping per wanted tp rank, in their order: name -> CPU tensor, converted, sharded, in its at-rest form.
 
         The packer lets go of the tensors before it asks for the next unit. Errors of the source pass through.
         """

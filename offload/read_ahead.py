@@ -6,16 +6,21 @@ order of reads:   u3 u7 u9 u3 u7 u9 u3 ...      the n-th read goes into slot n %
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
+
+import torch
 
 from offload.check import BlobCheck, finish_read
 from offload.format import BlobEntry
 from offload.readers.port import Reader, ReadFile
 from offload.slots import SlotRing
 from offload.stats import StreamStats
+from offload.timeline import Timeline
+from offload.views import Kept
 
 
 class ReadAhead:
@@ -35,8 +40,12 @@ class ReadAhead:
         check: BlobCheck,
         stats: StreamStats,
         timeout_s: float,
+        kept: Sequence[Kept],
+        timeline: Timeline | None = None,
     ) -> None:
         self._blobs = blobs
+        self._kept = kept
+        self._lengths = [blob.length - part.streamed_from for blob, part in zip(blobs, kept, strict=True)]
         self._order = order
         self._files = [ReadFile(directory / blob.file) for blob in blobs]
         self._ring = ring
@@ -44,11 +53,14 @@ class ReadAhead:
         self._check = check
         self._stats = stats
         self._timeout_s = timeout_s
+        self._timeline = timeline
+        self._prefixes: Mapping[int, torch.Tensor] = {}
         self._num_submitted = 0
         self._reading: deque[tuple[int, int, Future[int]]] = deque()  # unit, slot, in order of submission
 
-    def start(self) -> None:
-        """Begin to read the first units, one per slot."""
+    def start(self, prefixes: Mapping[int, torch.Tensor]) -> None:
+        """Begin to read the first units, one per slot. prefixes: of units that keep one, its bytes (uint8)."""
+        self._prefixes = prefixes
         if self._order:
             for slot in range(self._ring.num_slots):
                 self._submit(slot, None)
@@ -67,13 +79,19 @@ class ReadAhead:
         if not self._reading or self._reading[0][0] != index:
             raise RuntimeError(f"unit {index} is not the next one read: {[entry[:2] for entry in self._reading]}")
         _, slot, future = self._reading[0]
-        blob = self._blobs[index]
-        finish_read(future, blob.unit, self._files[index].path, blob.length, self._timeout_s)
+        length = self._lengths[index]
+        finish_read(future, self._blobs[index].unit, self._files[index].path, length, self._timeout_s)
         self._reading.popleft()
         self._ring.read_done(slot)
-        self._stats.bytes_read += blob.length
+        self._stats.bytes_read += length
         self._ring.take(slot)
-        self._check.verify(index, self._ring.buffer(slot).memory[: blob.length])
+        memory = self._ring.buffer(slot).memory[:length]
+        if self._timeline is None or not self._check.wanted(index):
+            self._verify(index, memory)
+        else:
+            started = time.perf_counter()
+            self._verify(index, memory)
+            self._timeline.add("verify", self._blobs[index].unit, slot, started, self._blobs[index].length)
         return slot
 
     def again(self, slot: int, before: Callable[[], None] | None = None) -> None:
@@ -90,6 +108,18 @@ class ReadAhead:
         self._reading.clear()
         return not late
 
+    def _verify(self, index: int, memory: memoryview) -> None:
+        """The blob's checksum covers what is kept and what was read; bytes that are in both must agree."""
+        prefix = self._prefixes.get(index)
+        if prefix is None:
+            self._check.verify(index, memory)
+        elif self._check.wanted(index):
+            start = self._kept[index].streamed_from
+            kept = prefix.numpy().data
+            self._check.verify(index, kept, memory[len(kept) - start :])
+            if kept[start:] != memory[: len(kept) - start]:
+                self._check.compare(index, "another in the bytes that are read twice")
+
     def _submit(self, slot: int, before: Callable[[], None] | None) -> None:
         index = self._order[self._num_submitted % len(self._order)]
         self._num_submitted += 1
@@ -97,7 +127,14 @@ class ReadAhead:
         buffer = self._ring.buffer(slot)
         if self._ring.poisoned:
             before = self._poison_after(slot, before)
-        future = self._reader.submit(self._files[index], 0, self._blobs[index].length, buffer.memory, before)
+        start, length = self._kept[index].streamed_from, self._lengths[index]
+        reading = None
+        if self._timeline is not None:
+            reading = self._timeline.reading(self._blobs[index].unit, slot, length, before)
+            before = reading.begin
+        future = self._reader.submit(self._files[index], start, length, buffer.memory, before)
+        if reading is not None:
+            future.add_done_callback(reading.end)
         self._reading.append((index, slot, future))
 
     def _poison_after(self, slot: int, before: Callable[[], None] | None) -> Callable[[], None]:

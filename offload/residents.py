@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -49,42 +49,36 @@ class ResidentLoader:
         self._staging_bytes = staging_bytes
         self._reading: deque[tuple[int, HostBuffer, int, Future[int]]] = deque()  # unit, buffer, length
 
-    def to_host(self, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (unit, its bytes in a page-aligned host buffer) as they are complete and checked. Raises StoreError."""
-        for index in indices:
+    def to_host(self, lengths: Mapping[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (unit, the first `lengths[unit]` of its bytes in a page-aligned host buffer) as they are complete.
+
+        Whole units are checked; of others, the rest is needed for that. Raises StoreError.
+        """
+        for index, length in lengths.items():
             if len(self._reading) == IN_FLIGHT:
                 yield self._host_done()
-            buffer = self._copy.host_buffer(self._blobs[index].length)
-            self._submit(index, 0, self._blobs[index].length, buffer)
+            self._submit(index, 0, length, self._copy.host_buffer(length))
         while self._reading:
             yield self._host_done()
 
     def to_device(self, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (unit, its bytes in a device buffer) as they are complete and checked. Raises StoreError."""
-        if not indices:
-            return
-        longest = max(self._blobs[index].length for index in indices)
-        free = [page_buffer(min(self._staging_bytes, longest)) for _ in range(IN_FLIGHT)]
+        free = self._staging(indices)
         for index in indices:
-            blob = self._blobs[index]
-            target = self._copy.device_buffer(blob.length)
-            digest = Digest() if self._check.wanted(index) else None
-            done = submitted = 0
-            while done < blob.length:
-                while free and submitted < blob.length:
-                    length = min(self._staging_bytes, blob.length - submitted)
-                    self._submit(index, submitted, length, free.pop())
-                    submitted += length
-                _, buffer, length = self._finish()
-                if digest is not None:
-                    digest.update(buffer.memory[:length])
-                self._copy.upload(buffer.tensor[:length], target[done : done + length])
-                self._stats.bytes_copied += length
-                done += length
-                free.append(buffer)
-            if digest is not None:
-                self._check.compare(index, digest.hex())
+            target = self._copy.device_buffer(self._blobs[index].length)
+            for done, piece in self._pieces(index, free):
+                self._copy.upload(piece, target[done : done + len(piece)])
+                self._stats.bytes_copied += len(piece)
             yield index, target
+
+    def checked(self, indices: Sequence[int]) -> Iterator[int]:
+        """Yield units that stay on disk, read once for their checksum where the policy wants it. Raises StoreError."""
+        free = self._staging(indices)
+        for index in indices:
+            if self._check.wanted(index):
+                for _ in self._pieces(index, free):
+                    pass
+            yield index
 
     def close(self, timeout_s: float) -> bool:
         """Cancel, and wait for reads under way; False when some are still not done."""
@@ -92,14 +86,38 @@ class ResidentLoader:
         self._reading.clear()
         return not late
 
+    def _staging(self, indices: Sequence[int]) -> list[HostBuffer]:
+        longest = max((self._blobs[index].length for index in indices), default=0)
+        return [page_buffer(min(self._staging_bytes, longest)) for _ in range(IN_FLIGHT)] if indices else []
+
+    def _pieces(self, index: int, free: list[HostBuffer]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(position, bytes) of a blob's pieces in order, each valid until the next; the whole is checked at the end."""
+        blob = self._blobs[index]
+        digest = Digest() if self._check.wanted(index) else None
+        done = submitted = 0
+        while done < blob.length:
+            while free and submitted < blob.length:
+                length = min(self._staging_bytes, blob.length - submitted)
+                self._submit(index, submitted, length, free.pop())
+                submitted += length
+            _, buffer, length = self._finish()
+            if digest is not None:
+                digest.update(buffer.memory[:length])
+            yield done, buffer.tensor[:length]
+            done += length
+            free.append(buffer)
+        if digest is not None:
+            self._check.compare(index, digest.hex())
+
     def _submit(self, index: int, offset: int, length: int, buffer: HostBuffer) -> None:
         file = ReadFile(self._directory / self._blobs[index].file)
         future = self._reader.submit(file, offset, length, buffer.memory[:length])
         self._reading.append((index, buffer, length, future))
 
     def _host_done(self) -> tuple[int, torch.Tensor]:
-        index, buffer, _ = self._finish()
-        self._check.verify(index, buffer.memory)
+        index, buffer, length = self._finish()
+        if length == self._blobs[index].length:
+            self._check.verify(index, buffer.memory)
         return index, buffer.tensor
 
     def _finish(self) -> tuple[int, HostBuffer, int]:

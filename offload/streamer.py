@@ -14,7 +14,7 @@ model code and policy of what is resident do not belong here: the order and the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +23,18 @@ import torch
 from offload.check import BlobCheck, VerifyPolicy
 from offload.device_copy import DeviceCopy, copy_for
 from offload.device_stage import DeviceStage
-from offload.dtypes import dtype_named
+from offload.disk_rows import disk_rows
 from offload.format import BlobEntry
 from offload.read_ahead import ReadAhead
 from offload.readers.port import Reader
 from offload.residents import ResidentLoader
 from offload.slots import SlotRing, SlotState
 from offload.stats import StreamSnapshot, StreamStats
+from offload.timeline import Timeline
+from offload.views import Kept, UnitWeights, views_of
 from partition.errors import StoreError
 
-Tier = Literal["device", "host", "nvme"]
+Tier = Literal["device", "host", "nvme", "rows"]
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -42,7 +44,10 @@ class Streamer:
     Memory: resident units, `num_slots` host slots of the largest unit on nvme, and on a GPU `num_device_slots` of the
     largest unit that is not on the device; all of it is allocated by `load` at the latest, none in the loop.
     On a CPU "device" and "host" mean the same and `num_device_slots` is not used.
+    `kept`: of each unit on nvme, what stays of it (CPU only); it is read by `load`, and never again.
+    Units in tier "rows" (CPU only) stay on disk: what `wait` gives are DiskRows, read through `row_reader`.
     `copy` replaces the way to the device (tests run the GPU's logic with one that copies within host memory).
+    `timeline`: where to note when each unit is read, waited for and computed; None: nowhere.
     """
 
     def __init__(
@@ -59,21 +64,29 @@ class Streamer:
         read_timeout_s: float = 60.0,
         poison: bool = False,
         copy: DeviceCopy | None = None,
+        kept: Sequence[Kept] | None = None,
+        row_reader: Reader | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._blobs = tuple(blobs)
+        self._kept = tuple(kept) if kept is not None else (Kept(),) * len(self._blobs)
         self._tiers = tuple(tiers)
         self._directory = directory
         self._reader = reader
+        self._row_reader = row_reader
         self._timeout_s = read_timeout_s
+        self._timeline = timeline
         self._num_device_slots = num_device_slots
         self._stats = StreamStats()
         self._check = BlobCheck(verify, directory, self._blobs, self._stats)
         self._copy = copy or copy_for(device, num_slots, num_device_slots)
         self._from_disk = tuple(index for index, tier in enumerate(self._tiers) if tier == "nvme")
-        stays = ("device", "host") if self._copy.in_place else ("device",)
+        stays = ("device", "host", "rows") if self._copy.in_place else ("device",)
         self._resident = frozenset(index for index, tier in enumerate(self._tiers) if tier in stays)
         self._validate(num_slots)
-        slot_bytes = max((self._blobs[index].length for index in self._from_disk), default=0)
+        slot_bytes = max(
+            (self._blobs[index].length - self._kept[index].streamed_from for index in self._from_disk), default=0
+        )
         self._ring = SlotRing(num_slots if self._from_disk else 0, slot_bytes, self._copy, poison)
         self._read_ahead = ReadAhead(
             directory=directory,
@@ -84,10 +97,13 @@ class Streamer:
             check=self._check,
             stats=self._stats,
             timeout_s=read_timeout_s,
+            kept=self._kept,
+            timeline=timeline,
         )
+        self._prefixes: dict[int, torch.Tensor] = {}  # of units on nvme that keep one
         self._stage: DeviceStage | None = None
         self._loader: ResidentLoader | None = None
-        self._views: dict[tuple[int, int], Mapping[str, torch.Tensor]] = {}  # by unit, slot (-1: resident)
+        self._views: dict[tuple[int, int], UnitWeights] = {}  # by unit, slot (-1: resident)
         self._next = 0
         self._slot: int | None = None  # of the unit in use; -1 when it is resident
         self._state: Literal["new", "ready", "failed", "closed"] = "new"
@@ -113,16 +129,27 @@ class Streamer:
         on_device = [index for index, tier in enumerate(self._tiers) if tier == "device"]
         if self._copy.in_place:
             on_host, on_device = sorted(on_host + on_device), []
-        num_loaded, num_total = 0, len(on_host) + len(on_device)
+        prefixes = {index: self._kept[index].kept_bytes for index in self._from_disk if self._kept[index].kept_bytes}
+        by_rows = [index for index, tier in enumerate(self._tiers) if tier == "rows"]
+        num_loaded, num_total = 0, len(on_host) + len(on_device) + len(prefixes) + len(by_rows)
         host_buffers: dict[int, torch.Tensor] = {}
         progress(num_loaded, num_total)
         for index, buffer in loader.to_device(on_device):
-            self._views[index, -1] = _views_of(self._blobs[index], buffer)
+            self._views[index, -1] = views_of(self._blobs[index], buffer)
             num_loaded += 1
             progress(num_loaded, num_total)
-        for index, buffer in loader.to_host(on_host):
-            if self._copy.in_place:
-                self._views[index, -1] = _views_of(self._blobs[index], buffer)
+        for index in loader.checked(by_rows):
+            self._views[index, -1] = disk_rows(
+                self._directory, self._blobs[index], self._row_reader or self._reader, self._stats, self._timeout_s
+            )
+            num_loaded += 1
+            progress(num_loaded, num_total)
+        lengths = prefixes | {index: self._blobs[index].length for index in on_host}
+        for index, buffer in loader.to_host(dict(sorted(lengths.items()))):
+            if index in prefixes:
+                self._prefixes[index] = buffer
+            elif self._copy.in_place:
+                self._views[index, -1] = views_of(self._blobs[index], buffer)
             else:
                 host_buffers[index] = buffer
             num_loaded += 1
@@ -137,13 +164,14 @@ class Streamer:
                 copy=self._copy,
                 num_slots=self._num_device_slots,
                 stats=self._stats,
+                timeline=self._timeline,
             )
-        self._read_ahead.start()
+        self._read_ahead.start(self._prefixes)
         if self._stage is not None:
             self._stage.copy_ahead()
         self._state = "ready"
 
-    def wait(self, index: int) -> Mapping[str, torch.Tensor]:
+    def wait(self, index: int) -> UnitWeights:
         """The tensors of unit `index` by name: views on the device, valid until `release(index)`; do not write to them.
 
         Raises:
@@ -157,6 +185,8 @@ class Streamer:
             raise RuntimeError(f"wait({index}) out of order: the unit in turn is {self._next}{held}")
         if index in self._resident:
             self._slot = -1
+            if self._timeline is not None:
+                self._timeline.begin_compute()
             return self._views[index, -1]
         started = time.perf_counter()
         try:
@@ -165,11 +195,14 @@ class Streamer:
             self._state = "failed"
             raise
         self._stats.add_stall(self._blobs[index].unit, time.perf_counter() - started)
+        if self._timeline is not None:
+            self._timeline.waited(self._blobs[index].unit, slot, started)
         self._slot = slot
         views = self._views.get((index, slot))
         if views is None:
             buffer = self._ring.buffer(slot).tensor if self._stage is None else self._stage.buffer(slot)
-            views = self._views[index, slot] = _views_of(self._blobs[index], buffer)
+            views = views_of(self._blobs[index], buffer, self._prefixes.get(index), self._kept[index])
+            self._views[index, slot] = views
         return views
 
     def release(self, index: int) -> None:
@@ -183,6 +216,8 @@ class Streamer:
         if self._slot is None or index != self._next:
             raise RuntimeError(f"release({index}), but {'no unit' if self._slot is None else self._next} is in use")
         slot, self._slot = self._slot, None
+        if self._timeline is not None:
+            self._timeline.end_compute(self._blobs[index].unit, slot, self._blobs[index].length)
         if slot >= 0:
             try:
                 if self._stage is None:
@@ -195,6 +230,8 @@ class Streamer:
         self._next = (index + 1) % len(self._blobs)
         if self._next == 0:
             self._stats.num_passes += 1
+            if self._stage is not None:
+                self._stage.settle()  # the pass's last result is known: so are its waits
 
     @property
     def slot_states(self) -> tuple[SlotState, ...]:
@@ -227,7 +264,10 @@ class Streamer:
         over = self._read_ahead.close(timeout_s) and over
         if self._stage is not None:
             self._stage.close()
+        else:  # loading failed: pinned buffers are there all the same
+            self._copy.close()
         self._views.clear()
+        self._prefixes.clear()
         self._slot = None
         if not over:
             raise StoreError(
@@ -244,20 +284,18 @@ class Streamer:
         """Wrong arguments are errors of the planner, not of people."""
         if not self._blobs or len(self._blobs) != len(self._tiers):
             raise ValueError(f"{len(self._blobs)} units, {len(self._tiers)} tiers")
-        unknown = set(self._tiers) - {"device", "host", "nvme"}
+        if len(self._kept) != len(self._blobs):
+            raise ValueError(f"{len(self._blobs)} units, {len(self._kept)} kept parts")
+        for blob, tier, kept in zip(self._blobs, self._tiers, self._kept, strict=True):
+            kept.check(blob)
+            if kept.kept_bytes and (tier != "nvme" or not self._copy.in_place):
+                raise ValueError(f"{blob.unit}: a part is kept of units that stream from disk to a CPU, not on {tier}")
+        if "rows" in self._tiers and not self._copy.in_place:
+            raise ValueError("rows are looked up on disk only where the computation takes place in host memory")
+        unknown = set(self._tiers) - {"device", "host", "nvme", "rows"}
         if unknown:
             raise ValueError(f"unknown tiers {sorted(unknown)}")
         if self._from_disk and num_slots < 1:
             raise ValueError(f"{len(self._from_disk)} units are streamed from disk, with {num_slots} slots")
         if not self._copy.in_place and len(self._resident) < len(self._blobs) and self._num_device_slots < 1:
             raise ValueError(f"units are streamed to the device, with {self._num_device_slots} device slots")
-
-
-def _views_of(blob: BlobEntry, buffer: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """The blob's tensors as views of a uint8 buffer that is at least as long."""
-    return {
-        tensor.name: buffer[tensor.offset : tensor.offset + tensor.num_bytes]
-        .view(dtype_named(tensor.dtype))
-        .view(tensor.shape)
-        for tensor in blob.tensors
-    }

@@ -1,10 +1,15 @@
-"""A reader that misbehaves on order, for tests: it fails, comes up short, is late or never answers, where told to."""
+"""A reader that misbehaves on order, for tests.
+
+It fails, comes up short, is late, answers out of order, twice, with an error's number or never, where told to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
 from offload.readers.port import ReadFile, read_failed
@@ -36,7 +41,26 @@ class Never:
     """The read is never done, and cannot be cancelled."""
 
 
-Misbehaviour = Fail | Short | Late | Never
+@dataclass(frozen=True)
+class ErrorNumber:
+    """The reader hands out the kernel's negative errno as if it were a number of bytes; nothing was read."""
+
+    number: int = errno.EIO
+
+
+@dataclass(frozen=True)
+class AfterOther:
+    """The read is done right after submission number `other`, which is a later one."""
+
+    other: int
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The read is done, and done once more with the next submission."""
+
+
+Misbehaviour = Fail | Short | Late | Never | ErrorNumber | AfterOther | Twice
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,7 @@ class ScriptedReader:
         self.closed = False
         self._script = dict(script or {})
         self._timers: list[threading.Timer] = []
+        self._held: dict[int, list[Callable[[], None]]] = {}  # by the submission that they wait for
 
     @property
     def name(self) -> str:
@@ -81,21 +106,33 @@ class ScriptedReader:
         before: Callable[[], None] | None = None,
     ) -> Future[int]:
         """See Reader.submit."""
-        step = self._script.get(len(self.submissions))
+        number = len(self.submissions)
+        step = self._script.get(number)
         self.submissions.append(Submission(file, offset, length))
         future: Future[int] = Future()
         future.set_running_or_notify_cancel()
         if before is not None:
             before()
-        if isinstance(step, Late):
-            timer = threading.Timer(step.delay_s, self._read, (future, file, offset, length, into))
-            timer.daemon = True
-            self._timers.append(timer)
-            timer.start()
-        elif isinstance(step, Fail):
-            future.set_exception(read_failed(file, offset, length, 0, step.reason))
-        elif not isinstance(step, Never):
-            self._read(future, file, offset, length, into[: step.num_bytes] if isinstance(step, Short) else into)
+        match step:
+            case Late():
+                timer = threading.Timer(step.delay_s, self._read, (future, file, offset, length, into))
+                timer.daemon = True
+                self._timers.append(timer)
+                timer.start()
+            case Fail():
+                future.set_exception(read_failed(file, offset, length, 0, step.reason))
+            case ErrorNumber():
+                future.set_result(-step.number)
+            case AfterOther():
+                self._hold(step.other, lambda: self._read(future, file, offset, length, into))
+            case Never():
+                pass
+            case _:
+                self._read(future, file, offset, length, into[: step.num_bytes] if isinstance(step, Short) else into)
+        if isinstance(step, Twice):
+            self._hold(number + 1, lambda: _done_again(future, length))
+        for act in self._held.pop(number, []):
+            act()
         return future
 
     def close(self) -> None:
@@ -103,6 +140,9 @@ class ScriptedReader:
         self.closed = True
         for timer in self._timers:
             timer.join(timeout=10.0)
+
+    def _hold(self, number: int, act: Callable[[], None]) -> None:
+        self._held.setdefault(number, []).append(act)
 
     def _read(self, future: Future[int], file: ReadFile, offset: int, length: int, into: memoryview) -> None:
         try:
@@ -113,3 +153,9 @@ class ScriptedReader:
             future.set_exception(read_failed(file, offset, length, 0, str(error)))
         else:
             future.set_result(got or 0)
+
+
+def _done_again(future: Future[int], length: int) -> None:
+    """A future is done once: the second time must change nothing for who waited."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(length)

@@ -1,4 +1,4 @@
-"""The thread reader: complete reads or typed errors, in order, within its buffers."""
+"""Every reader: complete reads or typed errors, in order, within its buffers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from offload.aligned import address_of, aligned_memory
+from offload.readers.aio import AioReader
+from offload.readers.deepspeed import DeepSpeedReader
 from offload.readers.port import ReadFile
 from offload.readers.threads import ThreadReader
 from partition.errors import StoreError
@@ -18,9 +20,22 @@ BLOCK = 8192
 PROC_MEM = Path("/proc/self/mem")
 
 
+MAKERS = {
+    "threads": lambda width: ThreadReader(num_threads=width, block_bytes=BLOCK),
+    "aio": lambda width: AioReader(depth=width, block_bytes=BLOCK),
+    "deepspeed": lambda width: DeepSpeedReader(num_threads=width, block_bytes=BLOCK, io_bytes=4096),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    """Makes a reader that has a number of blocks under way at once."""
+    return MAKERS[request.param]
+
+
 @pytest.fixture
-def reader():
-    reader = ThreadReader(num_threads=3, block_bytes=BLOCK)
+def reader(make):
+    reader = make(3)
     yield reader
     reader.close()
 
@@ -125,9 +140,9 @@ def test_an_error_before_reading_ends_up_in_the_future(tmp_path, reader):
     assert into == bytes(3 * BLOCK)
 
 
-def test_close_cancels_what_waits_and_finishes_what_runs(tmp_path):
+def test_close_cancels_what_waits_and_finishes_what_runs(tmp_path, make):
     file, data = random_file(tmp_path / "f", 2 * BLOCK)
-    reader = ThreadReader(num_threads=1, block_bytes=BLOCK)
+    reader = make(1)
     go, running = threading.Event(), threading.Event()
 
     def hold():
@@ -154,11 +169,11 @@ def test_close_cancels_what_waits_and_finishes_what_runs(tmp_path):
         reader.submit(file, 0, BLOCK, first_into)
 
 
-def test_descriptors_and_threads_are_given_back(tmp_path):
+def test_descriptors_and_threads_are_given_back(tmp_path, make):
     file, _ = random_file(tmp_path / "f", BLOCK)
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
-        reader = ThreadReader()
+        reader = make(2)
         reader.submit(file, 0, BLOCK, aligned_memory(BLOCK)).result(5)
         reader.close()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

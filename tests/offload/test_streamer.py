@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 
@@ -292,11 +293,15 @@ def own_store(store, tmp_path):
 
 
 def flip_bit(directory, unit):
-    with open(directory / blob_file(unit, 0), "r+b") as file:
+    """As a failing disk does it: without a new time of the last write."""
+    path = directory / blob_file(unit, 0)
+    before = path.stat()
+    with open(path, "r+b") as file:
         file.seek(10)
         byte = file.read(1)[0]
         file.seek(10)
         file.write(bytes([byte ^ 0x10]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize("tier", ["nvme", "host", "device"])
