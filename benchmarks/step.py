@@ -38,7 +38,12 @@ def main() -> None:
     plan = plan_run(config, model, facts, backend.footprint(1, config.parallel.pipeline))
     store, _ = pack_model(config, model, lambda _: None)
     spec = RankSpec(
-        plan=plan, config_json=json.dumps(model.index.config), store=store, verify="first", step_timeout_s=60
+        readers=("threads",) * len(plan.budgets),
+        plan=plan,
+        config_json=json.dumps(model.index.config),
+        store=store,
+        verify="first",
+        step_timeout_s=60,
     )
     ranks = tuple(range(plan.pipeline))
     host = RankHost(spec.setup(ranks, ("cpu",) * len(ranks), arguments.threads))

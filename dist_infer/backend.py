@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, Protocol
 
-from dist_infer.config import ClusterConfig
+from dist_infer.config import ClusterConfig, ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.worker.setup import StoreLocation, WorkerSetup
 from offload.machine import cores
@@ -37,13 +37,15 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
-    """What all ranks of a run have in common; `setup` adds what differs."""
+    """What all ranks of a run have in common; `setup` adds what differs. `readers`: by node, what reads the store."""
 
     plan: Plan
     config_json: str
     store: StoreLocation
     verify: Literal["first", "always", "never"]
+    readers: tuple[str, ...]
     step_timeout_s: float
+    timeline: bool = False
 
     def setup(self, ranks: tuple[int, ...], devices: tuple[str, ...], threads: int) -> WorkerSetup:
         return WorkerSetup(
@@ -53,16 +55,21 @@ class RankSpec:
             store=self.store,
             devices=devices,
             verify=self.verify,
+            reader=self.readers[self.plan.ranks[ranks[0]].node],
             threads=threads,
             step_timeout_s=self.step_timeout_s,
+            timeline=self.timeline,
         )
 
 
 class Backend(Protocol):
     """A kind of cluster. Made from the cluster section; `close` releases what it started, on every path."""
 
-    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
-        """What the nodes have. sample, dtype: measure the store's disk and the compute rate instead of assuming."""
+    def facts(
+        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+    ) -> HardwareFacts:
+        """What the nodes have. sample, dtype: measure the store's disk (with `reader`) and the compute rate instead of
+        assuming."""
         ...
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint: ...
@@ -82,10 +89,13 @@ class LocalBackend:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
 
-    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+    def facts(
+        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+    ) -> HardwareFacts:
         from dist_infer.machine import machine_facts
 
-        return HardwareFacts(nodes=(machine_facts(with_devices=with_devices, sample=sample, dtype=dtype),))
+        found = machine_facts(with_devices=with_devices, sample=sample, dtype=dtype, reader=reader)
+        return HardwareFacts(nodes=(found,))
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
         """One process for the coordinator; with tensor > 1 one more per tensor rank, shared by its stages."""

@@ -61,6 +61,7 @@ AutoSeconds = Annotated[
     _Positive | Auto, BeforeValidator(_duration), WithJsonSchema({"anyOf": [*_TIMES, _AUTO], "format": _TIME_FORMAT})
 ]
 Count = Annotated[int, Field(ge=1)]
+ReaderKind = Literal["auto", "threads", "aio", "deepspeed"]
 AutoCount = Annotated[int, Field(ge=1)] | Auto
 
 
@@ -116,11 +117,25 @@ class OffloadConfig(Section):
         "resident weights, slots, KV cache and activations; with GPUs host-tier units and pinned slots. auto: what "
         "the machine or its memory cgroup has, less the processes' own footprint and a reserve.",
     )
-    encoding: Literal["float"] = Field(
-        "float", description="How weights are stored at rest. float: in model.dtype, bit-exact."
+    encoding: Literal["float", "int8", "int4", "fp8", "as-is"] = Field(
+        "float",
+        description="How the layers' matrices are stored at rest, and so how many bytes a pass streams. float: in "
+        "model.dtype, bit-exact. int8: a scale per row. int4: groups of group_size columns with a scale and a minimum "
+        "each. fp8: e4m3 in groups of 128. as-is: what a GGUF holds (Q4_0, Q4_1 and Q8_0 exactly, other types as the "
+        "nearest of these); float for safetensors. Embeddings, head, norms and routers stay floats. What each costs in "
+        "quality: docs/quantization.md.",
     )
-    reader: Literal["auto", "threads"] = Field(
-        "auto", description="How the store is read. threads: O_DIRECT preadv in a few threads; auto: threads."
+    group_size: Literal["auto", 128, 64, 32] = Field(
+        "auto",
+        description="Columns that share a scale in int4: fewer are more exact and take more bytes (128: 4.25 bits a "
+        "weight, 64: 4.5, 32: 5). auto: 64. A matrix whose width it does not divide gets smaller groups.",
+    )
+    reader: ReaderKind = Field(
+        "auto",
+        description="How the store is read. threads: O_DIRECT preadv in a few threads. aio: Linux asynchronous I/O. "
+        "deepspeed: DeepSpeed's async_io (`pip install 'dist-infer[deepspeed]'`, then "
+        "`python -m offload.readers.deepspeed` builds it). auto: the fastest of those that are there, measured on the "
+        "store for two seconds when weights are streamed.",
     )
     slots: AutoCount = Field(
         "auto", description="Buffers of the streaming ring per rank, each as large as the largest streamed unit; ≥ 2."
@@ -131,16 +146,22 @@ class OffloadConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _enough_slots(self) -> OffloadConfig:
+    def _fits_together(self) -> OffloadConfig:
         if self.slots == 1:
             raise ValueError("slots must be at least 2: one is computed from while the other is being read")
+        if self.group_size != "auto" and self.encoding != "int4":
+            raise ValueError(f"group_size is for encoding: int4, not for {self.encoding}: leave one of them out")
         return self
 
 
 class EngineConfig(Section):
     """Batching and the KV cache."""
 
-    kv_memory: AutoSize = Field("auto", description="KV cache per rank. auto: enough for max_requests, bounded.")
+    kv_memory: AutoSize = Field(
+        "auto",
+        description="KV cache per rank. auto: KV and weights share one budget, and the split with the most predicted "
+        "output tokens per second is taken, up to max_requests of 2048 tokens (or max_model_len).",
+    )
     block_tokens: Annotated[int, Field(ge=1, le=256)] = Field(16, description="Token positions in one KV block.")
     max_batch_tokens: AutoCount = Field(
         "auto", description="Tokens in one micro-batch. A step may hold several while weights are streamed."

@@ -17,7 +17,7 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.engine.stats import EngineStats
-from dist_infer.messages import StreamReport
+from dist_infer.messages import StreamReport, TimelineReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from dist_infer.startup import Gang, OnProgress, Progress
@@ -36,6 +36,7 @@ class LLM:
 
     config: path of a run file, a mapping of the same shape, or a RunConfig; its `run` section is not used.
     overrides: `a.b=c` texts. on_progress: called while packing, starting and loading.
+    timeline: record when each unit is read and computed, for `timelines`.
     Raises the tree of dist_infer.errors; what was started until then is ended.
     """
 
@@ -45,10 +46,11 @@ class LLM:
         *,
         overrides: Sequence[str] = (),
         on_progress: OnProgress | None = None,
+        timeline: bool = False,
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         with ExitStack() as stack:
-            self.gang = Gang(run, on_progress or _silent)
+            self.gang = Gang(run, on_progress or _silent, timeline=timeline)
             stack.callback(self.gang.close)
             side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
             # A GGUF's tokenizer takes seconds to convert: meanwhile workers start. Not beside ranks in this process:
@@ -193,6 +195,10 @@ class LLM:
     def stream_reports(self) -> tuple[StreamReport, ...]:
         """Cumulative streaming figures of every rank."""
         return self.gang.executor.stream_reports()
+
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        """What every rank did since the last call; empty without `timeline=True`."""
+        return self.gang.executor.timelines()
 
     def summarise(
         self, outputs: Sequence[RequestOutput], before: Sequence[StreamReport], started_s: float

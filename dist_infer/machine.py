@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from offload.machine import cores, measure_read, memory_limit
+from offload.readers.choose import WantedReader, choose_reader
 from partition.hardware import (
     ASSUMED_CORE_FLOPS,
     ASSUMED_DISK_BYTES_PER_S,
@@ -19,18 +20,21 @@ from partition.hardware import (
 )
 
 
-def machine_facts(*, with_devices: bool, sample: Path | None = None, dtype: str | None = None) -> NodeFacts:
+def machine_facts(
+    *, with_devices: bool, sample: Path | None = None, dtype: str | None = None, reader: WantedReader = "threads"
+) -> NodeFacts:
     """This machine. with_devices: ask the NVIDIA driver for GPUs.
 
-    sample: a large file on the store's disk, read raw for a third of a second to get the disk's rate. dtype: time a
-    matrix product in it (about 0.2 s, imports torch). What is not measured is a default and named in `assumed`.
+    sample: a large file on the store's disk, read raw with `reader` for a third of a second to get the disk's rate;
+    with "auto" for two seconds, to choose the reader. dtype: time a matrix product in it (about 0.2 s, imports torch).
+    What is not measured is a default and named in `assumed`.
     """
     memory = memory_limit()
     num_cores = cores()
     assumed = []
-    disk = ASSUMED_DISK_BYTES_PER_S
+    disk, chosen, reason = ASSUMED_DISK_BYTES_PER_S, "threads", ""
     if sample is not None:
-        disk = measure_read(sample)
+        disk, chosen, reason = _disk_rate(sample, reader)
     else:
         assumed.append("disk_per_s")
     flops, memory_rate = ASSUMED_CORE_FLOPS * num_cores, ASSUMED_MEMORY_BYTES_PER_S
@@ -50,8 +54,20 @@ def machine_facts(*, with_devices: bool, sample: Path | None = None, dtype: str 
         disk_bytes_per_s=disk,
         flops=flops,
         memory_bytes_per_s=memory_rate,
+        reader=chosen,
+        reader_reason=reason,
         assumed=tuple(assumed),
     )
+
+
+def _disk_rate(sample: Path, wanted: WantedReader) -> tuple[float, str, str]:
+    """(bytes per second, reader, why that one)."""
+    reader, choice = choose_reader(wanted, sample)
+    try:
+        rate = choice.bytes_per_s[choice.name] if choice.bytes_per_s else measure_read(sample, reader=reader)
+    finally:
+        reader.close()
+    return rate, choice.name, choice.reason
 
 
 def nvidia_devices() -> tuple[DeviceFacts, ...]:

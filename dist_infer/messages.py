@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from offload.timeline import TimelineEvent
+
 T = TypeVar("T")
 
 
@@ -108,6 +110,33 @@ class StreamReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass of one rank: its part of one step. Times are of the rank's `time.perf_counter`; see StreamReport."""
+
+    step_id: int
+    num_tokens: int
+    num_sampled: int  # requests that got a token; equal to num_tokens in a pass that only decodes
+    start_s: float
+    end_s: float
+    bytes_read: int
+    bytes_copied: int
+    stall_s: float
+    communication_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineReport:
+    """What one rank did since it was last asked. Adding `epoch_s` to its times makes them seconds since 1970."""
+
+    rank: int
+    epoch_s: float
+    passes: tuple[PassRecord, ...]
+    events: tuple[TimelineEvent, ...]
+    num_dropped: int  # events that were lost because there were too many
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """What a rank found when it became ready; returned as a value, never written into a config."""
 
@@ -120,6 +149,7 @@ class WorkerReport:
     kv_bytes: int
     rss_bytes: int
     reader: str  # e.g. "threads, O_DIRECT"
+    kernels: str  # what computes from encoded weights; empty where none are
     load_s: float
 
 

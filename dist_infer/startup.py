@@ -16,8 +16,10 @@ from dist_infer.backend import Backend, Footprint, RankSpec, make_backend
 from dist_infer.config import RunConfig
 from dist_infer.location import resolve_model
 from dist_infer.messages import WorkerReport
+from dist_infer.model.stored import stored_encodings
 from dist_infer.worker.setup import StoreLocation, store_key
 from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
+from partition.encoding import DEFAULT_GROUP_SIZE, EncodingChoice
 from partition.errors import CheckpointError, ConfigError, StoreError
 from partition.hardware import HardwareFacts
 from partition.model_spec import ModelSpec, text_config
@@ -52,6 +54,7 @@ class Model:
     index: CheckpointIndex
     spec: ModelSpec
     dtype: str
+    encodings: EncodingChoice
     eos_token_ids: tuple[int, ...]
 
 
@@ -67,7 +70,22 @@ def open_model(config: RunConfig, *, weights: bool = True) -> Model:
     if index.kind != "config_only":
         check_tensors(spec, index)
     dtype = _stored_dtype(index) if config.model.dtype == "auto" else config.model.dtype
-    return Model(path=path, index=index, spec=spec, dtype=dtype, eos_token_ids=_eos_token_ids(path, index.config))
+    return Model(
+        path=path,
+        index=index,
+        spec=spec,
+        dtype=dtype,
+        encodings=_encodings(config, index, spec),
+        eos_token_ids=_eos_token_ids(path, index.config),
+    )
+
+
+def _encodings(config: RunConfig, index: CheckpointIndex, spec: ModelSpec) -> EncodingChoice:
+    offload = config.offload
+    group_size = DEFAULT_GROUP_SIZE if offload.group_size == "auto" else offload.group_size
+    if offload.encoding == "as-is" and index.kind == "gguf":
+        return EncodingChoice(wished="as-is", stored=stored_encodings(index, spec))
+    return EncodingChoice(wished=offload.encoding, group_size=group_size)
 
 
 def plan_run(config: RunConfig, model: Model, facts: HardwareFacts, footprint: Footprint) -> Plan:
@@ -84,6 +102,9 @@ def plan_run(config: RunConfig, model: Model, facts: HardwareFacts, footprint: F
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             dtype=model.dtype,
+            encodings=model.encodings,
+            # rows are read without a checksum of theirs: not where every read is to be checked
+            embedding_rows=offload.verify != "always",
             device=device,
             device_memory=_number(offload.device_memory),
             host_memory=_number(offload.host_memory),
@@ -117,7 +138,7 @@ def store_location(config: RunConfig, model: Model) -> StoreLocation:
         fingerprint=model.index.fingerprint,
         model_type=model.spec.model_type,
         dtype=model.dtype,
-        encoding=config.offload.encoding,
+        encoding=model.encodings.name,
         tensor=config.parallel.tensor,
     )
     directory = store_directory(Path(config.offload.store), _label(config, model.path), store_key(location))
@@ -142,7 +163,12 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
     from dist_infer.model.source import CheckpointSource
 
     source = CheckpointSource(
-        index=model.index, spec=model.spec, tensor=len(tp_ranks), tp_ranks=tp_ranks, dtype=DTYPES[model.dtype]
+        index=model.index,
+        spec=model.spec,
+        tensor=len(tp_ranks),
+        tp_ranks=tp_ranks,
+        dtype=DTYPES[model.dtype],
+        encodings=model.encodings,
     )
 
     def forward(progress: PackProgress) -> None:
@@ -151,7 +177,11 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
         )
 
     cut = cut_axes(model.spec, len(tp_ranks))
-    planned = {(u.name, r): unit_bytes(u, cut, r, model.dtype) for u in units_of(model.spec) for r in tp_ranks}
+    planned = {
+        (unit.name, rank): unit_bytes(unit, cut, rank, model.dtype, model.encodings)
+        for unit in units_of(model.spec)
+        for rank in tp_ranks
+    }
     directory = Path(location.directory)
     report = pack_store(directory, store_key(location), units, tp_ranks, source, forward, planned_bytes=planned)
     return location, report
@@ -200,10 +230,10 @@ def _number(value: int | str) -> int | None:
 class Gang:
     """The ranks of one plan: planned and packed by the constructor, running after `start`.
 
-    Owns backend and executor; `close` ends both.
+    Owns backend and executor; `close` ends both. timeline: the ranks record what `executor.timelines` gives.
     """
 
-    def __init__(self, config: RunConfig, on_progress: OnProgress) -> None:
+    def __init__(self, config: RunConfig, on_progress: OnProgress, *, timeline: bool = False) -> None:
         with ExitStack() as stack:
             self.model = open_model(config)
             self._backend: Backend = make_backend(config.cluster, config.name)
@@ -212,10 +242,15 @@ class Gang:
             with_devices = config.cluster.device != "cpu"
             # A misfit must end before anything is packed or started, so plan with assumed rates first.
             facts = self._backend.facts(with_devices=with_devices, sample=None, dtype=None)
-            plan_run(config, self.model, facts, footprint)
+            rough = plan_run(config, self.model, facts, footprint)
             store, self.pack_report = pack_model(config, self.model, on_progress)
+            streams = any(rank.bytes_in("nvme") for rank in rough.ranks)
             facts = self._backend.facts(
-                with_devices=with_devices, sample=_largest_file(Path(store.directory)), dtype=self.model.dtype
+                with_devices=with_devices,
+                sample=_largest_file(Path(store.directory)),
+                dtype=self.model.dtype,
+                # what is read once need not be read by the best reader
+                reader="threads" if config.offload.reader == "auto" and not streams else config.offload.reader,
             )
             self.facts = facts
             self.plan = plan_run(config, self.model, facts, footprint)
@@ -225,7 +260,9 @@ class Gang:
                 config_json=json.dumps(dict(self.model.index.config)),
                 store=store,
                 verify=config.offload.verify,
+                readers=tuple(node.reader for node in facts.nodes),
                 step_timeout_s=self.step_timeout_s,
+                timeline=timeline,
             )
             self.executor = self._backend.executor(
                 spec, lambda done, total: on_progress(Progress(phase="loading", done=done, total=total))

@@ -62,7 +62,7 @@ def summarise(
     generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
     spent = [_difference(start, end) for start, end in zip(before, after, strict=True)]
     passes = max((report.num_passes for report in spent), default=0)
-    read = sum(report.bytes_read for report in spent)
+    read = sum(report.bytes_copied if plan.device == "cuda" else report.bytes_read for report in spent)
     total = sum(unit.num_bytes for rank in plan.ranks for unit in rank.units)
     streamed = sum(rank.streamed_bytes_per_pass for rank in plan.ranks)
     slowest = max(spent, key=lambda report: report.busy_s)

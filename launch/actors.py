@@ -61,3 +61,8 @@ class RankActor:
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def stream_report(self) -> bytes:
         return encode(self._host.stream_reports()[0])
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def timeline(self) -> bytes:
+        """Empty where nothing is recorded."""
+        return b"".join(encode(report) for report in self._host.timelines())

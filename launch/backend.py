@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, LoadProgress, RankSpec
-from dist_infer.config import ClusterConfig
+from dist_infer.config import ClusterConfig, ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.messages import decode, encode
 from launch.root_guard import check_one_root
@@ -35,13 +35,16 @@ class RayBackend:
         self._started = False
         self._node_addresses: tuple[str, ...] = ()
 
-    def facts(self, *, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+    def facts(
+        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+    ) -> HardwareFacts:
         from dist_infer.machine import machine_facts
 
         if self._config.address is None:
-            return HardwareFacts(nodes=(machine_facts(with_devices=with_devices, sample=sample, dtype=dtype),))
+            found = machine_facts(with_devices=with_devices, sample=sample, dtype=dtype, reader=reader)
+            return HardwareFacts(nodes=(found,))
         self._start(world_size=0)
-        return self._cluster_facts(with_devices, sample, dtype)
+        return self._cluster_facts(with_devices, sample, dtype, reader)
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
         launcher = PROCESS_FOOTPRINT_BYTES + RAY_FOOTPRINT_BYTES + _OBJECT_STORE_BYTES
@@ -109,13 +112,15 @@ class RayBackend:
             raise ClusterError(f"could not reach or start {where}: {error}") from error
         self._node_addresses = tuple(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
 
-    def _cluster_facts(self, with_devices: bool, sample: Path | None, dtype: str | None) -> HardwareFacts:
+    def _cluster_facts(
+        self, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind
+    ) -> HardwareFacts:
         """Each node measures itself, in a task pinned to it."""
         import ray
         from ray.exceptions import RayError
 
         refs = [
-            _node_facts(address).remote(with_devices, None if sample is None else str(sample), dtype)
+            _node_facts(address).remote(with_devices, None if sample is None else str(sample), dtype, reader)
             for address in self._node_addresses
         ]
         try:
@@ -128,12 +133,13 @@ class RayBackend:
 def _node_facts(address: str) -> Any:
     import ray
 
-    def read(with_devices: bool, sample: str | None, dtype: str | None) -> bytes:
+    def read(with_devices: bool, sample: str | None, dtype: str | None, reader: ReaderKind) -> bytes:
         check_one_root()
         from dist_infer.machine import machine_facts
 
         there = sample is not None and Path(sample).exists()
-        found = machine_facts(with_devices=with_devices, sample=Path(str(sample)) if there else None, dtype=dtype)
+        path = Path(str(sample)) if there else None
+        found = machine_facts(with_devices=with_devices, sample=path, dtype=dtype, reader=reader)
         return encode(found)
 
     return ray.remote(num_cpus=0, resources={f"node:{address}": 0.001})(read)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dist_infer.config import GenerateConfig, RunConfig, load_config
+from launch import bench
 from launch.interrupt import EXIT_CODE, end_on_interrupt
+from launch.options import File, Json, Set
 from launch.root_guard import check_one_root
 from partition.errors import ConfigError, DistInferError
 
@@ -30,9 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-File = Annotated[Path, typer.Argument(help="The run file (YAML).", metavar="FILE")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override a key. Repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
+app.add_typer(bench.app, name="bench")
 
 
 @app.command()

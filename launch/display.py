@@ -14,7 +14,7 @@ from rich.table import Table
 from dist_infer.messages import WorkerReport
 from dist_infer.startup import Progress
 from dist_infer.summary import RunSummary
-from partition.plan import Plan
+from partition.plan import Plan, describe_kv
 from partition.plan_data import RankPlan
 from partition.sizes import format_size
 
@@ -146,6 +146,7 @@ def plan_notes(plan: Plan) -> list[str]:
         f"KV {plan.num_kv_blocks} blocks of {plan.block_tokens} tokens; up to {plan.max_requests} requests of "
         f"{plan.max_model_len} tokens; micro-batches {plan.max_micro_batches} × {plan.max_batch_tokens} tokens"
     )
+    notes.append(describe_kv(plan))
     prediction = plan.prediction
     assumed = f"; assumed, not measured: {', '.join(prediction.assumed)}" if prediction.assumed else ""
     notes.append(
@@ -191,4 +192,5 @@ def _seconds(value: float | None) -> str:
 def ready_line(reports: Sequence[WorkerReport], num_written: int, pack_s: float, start_s: float) -> str:
     packed = f"packed {num_written} blobs in {pack_s:.1f} s" if num_written else "packed nothing (the store is there)"
     readers = ", ".join(sorted({report.reader for report in reports}))
-    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}"
+    kernels = "".join(f"; {text}" for text in sorted({report.kernels for report in reports if report.kernels}))
+    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}{kernels}"

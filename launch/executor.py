@@ -19,7 +19,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dist_infer.backend import RankSpec
-from dist_infer.messages import StepPlan, StepResult, StreamReport, WorkerReport, decode, encode
+from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport, decode, encode
+from dist_infer.worker.oom_watch import OomWatch
 from launch.actors import RankActor
 from partition.errors import ClusterError, WorkerError
 
@@ -47,6 +48,7 @@ class RayExecutor:
         self._actors: list[Any] = []
         self._steps: deque[tuple[int, list[Any]]] = deque()
         self._closed = False
+        self._memory = OomWatch()
 
     def start(self) -> tuple[WorkerReport, ...]:
         """Place, start, connect and load all ranks within the start deadline, or raise with nothing left behind."""
@@ -80,6 +82,11 @@ class RayExecutor:
     def stream_reports(self) -> tuple[StreamReport, ...]:
         refs = [actor.stream_report.remote() for actor in self._actors]
         return tuple(decode(StreamReport, data) for data in self._all("report", refs, time.monotonic() + 30))
+
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        refs = [actor.timeline.remote() for actor in self._actors]
+        found = self._all("timeline", refs, time.monotonic() + 30)
+        return tuple(decode(TimelineReport, data) for data in found if data)
 
     def close(self) -> None:
         """Kill the actors and give the placement groups back. Idempotent."""
@@ -146,11 +153,18 @@ class RayExecutor:
             ray.get(ref)
         except RayTaskError as error:
             cause = error.cause if error.cause is not None else error
-            raise WorkerError(f"{what}: rank {rank} failed: {type(cause).__name__}: {cause}", rank=rank) from error
+            words = f"{what}: rank {rank} failed: {type(cause).__name__}: {cause}{self._memory_of(rank)}"
+            raise WorkerError(words, rank=rank) from error
         except RayActorError as error:
-            raise WorkerError(f"{what}: rank {rank} died: {_brief(error)}", rank=rank) from error
+            words = f"{what}: rank {rank} died: {_brief(error).rstrip('.')}{self._memory_of(rank)}"
+            raise WorkerError(words, rank=rank) from error
         except RayError as error:
             raise ClusterError(f"{what}: rank {rank}: {_brief(error)}") from error
+
+    def _memory_of(self, rank: int) -> str:
+        """Whether memory ran out, known of this node alone: on others Ray says what it knows."""
+        here = self._nodes[self._spec.plan.ranks[rank].node] == ray.util.get_node_ip_address()
+        return self._memory.explain() if here else ""
 
     def _show_progress(self) -> None:
         try:
@@ -158,7 +172,7 @@ class RayExecutor:
         except (GetTimeoutError, RayError):
             return  # the load itself reports what is wrong
         plans = self._spec.plan.ranks
-        total = sum(unit.tier != "nvme" for rank in plans for unit in rank.units)
+        total = sum(unit.tier != "nvme" or unit.kept_bytes > 0 for rank in plans for unit in rank.units)
         self._progress(sum(done for done, _ in counts), total)
 
 

@@ -29,7 +29,7 @@ def modules() -> set[str]:
 
 def named_modules() -> set[str]:
     """The modules that have a row on the map."""
-    return set(re.findall(rf"^\| `((?:{'|'.join(PACKAGES)})\.[a-z_.]+)` \|", MAP, re.MULTILINE))
+    return set(re.findall(rf"^\| `((?:{'|'.join(PACKAGES)})\.[a-z0-9_.]+)` \|", MAP, re.MULTILINE))
 
 
 def test_every_module_is_on_the_map() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dist_infer.messages import StepPlan, StepResult, StreamReport, WorkerReport
+from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
 
 
 class Executor(Protocol):
@@ -24,6 +24,10 @@ class Executor(Protocol):
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
         """Figures of every rank's streamer so far, by rank; empty where nothing is streamed."""
+        ...
+
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        """What every rank did since the last call, by rank; empty unless the ranks were told to record it."""
         ...
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from dist_infer.messages import (
     StepPlan,
     StepResult,
     StreamReport,
+    TimelineReport,
     WorkerReport,
 )
 from partition.errors import ClusterError, WorkerError
@@ -82,6 +83,7 @@ class FakeExecutor:
             slot_bytes=0,
             kv_bytes=0,
             rss_bytes=0,
+            kernels="",
             reader="none",
             load_s=0.0,
         )
@@ -123,6 +125,9 @@ class FakeExecutor:
         return result
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
+        return ()
+
+    def timelines(self) -> tuple[TimelineReport, ...]:
         return ()
 
     def close(self) -> None:

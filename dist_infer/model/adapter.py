@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dist_infer.model import attention
+from offload.views import UnitWeights
 from partition.errors import UnsupportedModelError
 from partition.model_spec import ModelSpec
 from partition.sharding import collectives_of, cut_axes, units_of
@@ -133,7 +134,7 @@ class StageModel:
         self._group = group
         self._tape = _Tape(first_layer, end_layer)
         self._places = _parameter_places(spec, model)
-        self._bound: dict[str, Mapping[str, torch.Tensor]] = {}
+        self._bound: dict[str, UnitWeights] = {}
         _restore_buffers(model, device)
         layers = _find_layers(model, spec.num_layers)
         self._layers = {i: layers[i] for i in range(first_layer, end_layer)}
@@ -151,8 +152,11 @@ class StageModel:
     def is_last(self) -> bool:
         return self.end_layer == self.num_layers
 
-    def bind(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Point the unit's parameters at these tensors. Binding the same mapping again costs nothing."""
+    def bind(self, unit: str, tensors: UnitWeights) -> None:
+        """Point the unit's parameters at these tensors. Binding the same mapping again costs nothing.
+
+        An encoded tensor stands where the parameter does: torch hands the calls that meet one over to it.
+        """
         if self._bound.get(unit) is tensors:
             return
         for place, leaf, name in self._places[unit]:

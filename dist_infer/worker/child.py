@@ -22,6 +22,9 @@ from dist_infer.worker.setup import WorkerSetup
 if TYPE_CHECKING:  # it imports torch, which takes a second that the parent need not wait for
     from dist_infer.worker.rank_host import RankHost
 
+STREAM_REPORTS, TIMELINES = b"stream", b"timeline"  # what the control socket can be asked for
+_OOM_SCORE_ADJUSTMENT = 500  # of memory that runs out the kernel takes a rank, about which the parent can tell
+
 
 def pack_frame(kind: str, body: bytes = b"", **fields: object) -> bytes:
     return json.dumps({"kind": kind, **fields}).encode() + b"\n" + body
@@ -34,6 +37,8 @@ def unpack_frame(data: bytes) -> tuple[dict[str, object], bytes]:
 
 
 def main() -> None:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(_OOM_SCORE_ADJUSTMENT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     connection, control = Connection(int(sys.argv[1])), Connection(int(sys.argv[2]))
     try:
@@ -46,11 +51,11 @@ def main() -> None:
 
 
 def _report(control: Connection, host: RankHost) -> None:
-    """Answer every frame on `control` with the ranks' stream reports, until the parent closes it."""
+    """Answer every frame on `control` with the ranks' reports of the kind it names, until the parent closes it."""
     with contextlib.suppress(EOFError, OSError):
-        while control.recv_bytes():
-            reports = [encode(report).decode() for report in host.stream_reports()]
-            control.send_bytes(json.dumps(reports).encode())
+        while wanted := control.recv_bytes():
+            found = host.timelines() if wanted == TIMELINES else host.stream_reports()
+            control.send_bytes(json.dumps([encode(report).decode() for report in found]).encode())
 
 
 def _serve(connection: Connection, control: Connection) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,14 +20,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from typing import TypeVar
 
-from dist_infer.messages import StepPlan, StepResult, StreamReport, WorkerReport, decode, encode
-from dist_infer.worker.child import pack_frame, unpack_frame
+from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport, decode, encode
+from dist_infer.worker.child import STREAM_REPORTS, TIMELINES, pack_frame, unpack_frame
+from dist_infer.worker.oom_watch import OomWatch
 from dist_infer.worker.rank_host import RankHost
 from dist_infer.worker.setup import WorkerSetup
 from partition.errors import ClusterError, WorkerError
 
 LoadProgress = Callable[[int, int], None]
+_Report = TypeVar("_Report", StreamReport, TimelineReport)
 _REPORT_TIMEOUT_S = 30.0
 
 
@@ -78,6 +82,9 @@ class InProcessExecutor:
     def stream_reports(self) -> tuple[StreamReport, ...]:
         return self._host.stream_reports() if self._host is not None else ()
 
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        return self._host.timelines() if self._host is not None else ()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -103,6 +110,7 @@ class SpawnedExecutor:
         self._children: list[_Child] = []
         self._in_flight: deque[int] = deque()
         self._asking = threading.Lock()
+        self._memory = OomWatch()
 
     def start(self) -> tuple[WorkerReport, ...]:
         deadline = time.monotonic() + self._start_timeout_s
@@ -136,17 +144,10 @@ class SpawnedExecutor:
         return decode(StepResult, next(body for _, body in answers if body))
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
-        reports: list[StreamReport] = []
-        with self._asking:
-            for child in self._children:
-                try:
-                    child.control.send_bytes(b"report")
-                    if not child.control.poll(_REPORT_TIMEOUT_S):
-                        raise ClusterError(f"no report from tensor rank {child.tp_rank} in {_REPORT_TIMEOUT_S:.0f} s")
-                    reports += [decode(StreamReport, text.encode()) for text in json.loads(child.control.recv_bytes())]
-                except (EOFError, OSError):
-                    raise self._death(child) from None
-        return tuple(sorted(reports, key=lambda report: report.rank))
+        return self._ask(StreamReport, STREAM_REPORTS)
+
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        return self._ask(TimelineReport, TIMELINES)
 
     def close(self) -> None:
         """Ends the children: a message asks, a kill after two seconds insists. A `collect` elsewhere sees them go."""
@@ -163,6 +164,20 @@ class SpawnedExecutor:
             child.connection.close()
             child.control.close()
         self._children = []
+
+    def _ask(self, kind: type[_Report], wanted: bytes) -> tuple[_Report, ...]:
+        """Every rank's report of a kind, by rank. Also while a step runs."""
+        reports: list[_Report] = []
+        with self._asking:
+            for child in self._children:
+                try:
+                    child.control.send_bytes(wanted)
+                    if not child.control.poll(_REPORT_TIMEOUT_S):
+                        raise ClusterError(f"no report from tensor rank {child.tp_rank} in {_REPORT_TIMEOUT_S:.0f} s")
+                    reports += [decode(kind, text.encode()) for text in json.loads(child.control.recv_bytes())]
+                except (EOFError, OSError):
+                    raise self._death(child) from None
+        return tuple(sorted(reports, key=lambda report: report.rank))
 
     def _answers(
         self, deadline: float, children: Sequence[_Child] | None = None
@@ -186,7 +201,9 @@ class SpawnedExecutor:
                     raise self._death(child) from None
                 if fields["kind"] == "error":
                     print(body.decode(), file=sys.stderr)
-                    raise WorkerError(f"tensor rank {child.tp_rank}: {fields['message']}", rank=child.tp_rank)
+                    # a rank that is killed is often noticed by its peers first, as a lost connection
+                    words = f"tensor rank {child.tp_rank}: {fields['message']}{self._memory.explain()}"
+                    raise WorkerError(words, rank=child.tp_rank)
                 if fields["kind"] == "progress":
                     if child.tp_rank == 0:
                         self._progress(int(str(fields["done"])), int(str(fields["total"])))
@@ -206,6 +223,7 @@ class SpawnedExecutor:
             child.process.wait(1)
         code = child.process.poll()
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        how += self._memory.explain() if code == -signal.SIGKILL else ""
         return WorkerError(f"tensor rank {child.tp_rank} (pid {child.process.pid}) {how}", rank=child.tp_rank)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 
 import psutil
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from dist_infer.messages import SampledToken, StepPlan, StepResult, StreamReport, WorkerReport
+from dist_infer.messages import SampledToken, StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
 from dist_infer.worker import collectives
+from dist_infer.worker.pass_log import PassLog
 from dist_infer.worker.setup import WorkerSetup
 from dist_infer.worker.stage_runner import StageRunner
 from partition.plan import Plan, plan_from_json
@@ -34,6 +36,7 @@ class RankHost:
         self._link: collectives.StageLink | None = None
         self._store: TCPStore | None = None
         self._stages: list[StageRunner] = []
+        self._logs: dict[int, PassLog] = {}  # by rank; empty unless a timeline is recorded
 
     def bind(self, host: str) -> int:
         """On the first process of the world: bind a free port and return it."""
@@ -62,7 +65,11 @@ class RankHost:
         if not self._alone and self._store is None:
             raise RuntimeError("connect before load")
         for rank, device in zip(self._setup.ranks, self._setup.devices, strict=True):
-            self._stages.append(StageRunner(self._setup, self._plan, rank, device, self._group))
+            timeline = None
+            if self._setup.timeline:
+                self._logs[rank] = PassLog(rank)
+                timeline = self._logs[rank].timeline
+            self._stages.append(StageRunner(self._setup, self._plan, rank, device, self._group, timeline))
         done_before, total = 0, sum(_num_resident(stage) for stage in self._stages)
         for stage in self._stages:
             before = done_before
@@ -81,7 +88,7 @@ class RankHost:
                     raise RuntimeError("no link to the stage before")
                 shape = (1, plan.num_tokens, stage.hidden_size)
                 hidden = self._link.receive(shape, stage.dtype, stage.device)
-            output = stage.run(plan, None if hidden is None else hidden.to(stage.device))
+            output = self._run(stage, plan, None if hidden is None else hidden.to(stage.device))
             if isinstance(output, torch.Tensor):
                 hidden = output
             else:
@@ -97,6 +104,10 @@ class RankHost:
     def stream_reports(self) -> tuple[StreamReport, ...]:
         return tuple(stage.stream_report() for stage in self._stages)
 
+    def timelines(self) -> tuple[TimelineReport, ...]:
+        """What the ranks here did since the last call; empty unless it is recorded."""
+        return tuple(log.report() for log in self._logs.values())
+
     def close(self) -> None:
         """Idempotent; safe after an error."""
         for stage in self._stages:
@@ -105,10 +116,21 @@ class RankHost:
         collectives.disconnect()
         self._store = None
 
+    def _run(
+        self, stage: StageRunner, plan: StepPlan, hidden: torch.Tensor | None
+    ) -> torch.Tensor | list[SampledToken]:
+        log = self._logs.get(stage.rank_plan.rank)
+        if log is None:
+            return stage.run(plan, hidden)
+        before, start_s = stage.stream_report(), time.perf_counter()
+        output = stage.run(plan, hidden)
+        log.add(plan, start_s, before, stage.stream_report())
+        return output
+
     @property
     def _world_size(self) -> int:
         return self._plan.tensor if self._hosts_all_stages else len(self._plan.ranks)
 
 
 def _num_resident(stage: StageRunner) -> int:
-    return sum(unit.tier != "nvme" for unit in stage.rank_plan.units)
+    return sum(unit.tier != "nvme" or unit.kept_bytes > 0 for unit in stage.rank_plan.units)

@@ -87,19 +87,25 @@ class RequestTable:
                 writes.append(torch.arange(kv_rows.start + chunk.start, kv_rows.stop))
             else:
                 writes.append(kv_rows[chunk.start :])
-                kv_rows = kv_rows.to(self._device)
+                kv_rows = self._on_device(kv_rows)
             spans.append(SequenceSpan(first, len(token_ids), end, kv_rows))
             row.num_computed = end
             if chunk.sample:
                 sample_rows.append(len(token_ids) - 1)
                 sample_requests.append(chunk.request_id)
         return MicroBatch(
-            torch.tensor([token_ids], device=self._device),
-            torch.tensor([positions], device=self._device),
-            BatchView(torch.cat(writes).to(self._device), tuple(spans)),
-            torch.tensor(sample_rows, dtype=torch.long, device=self._device),
+            self._on_device(torch.tensor([token_ids])),
+            self._on_device(torch.tensor([positions])),
+            BatchView(self._on_device(torch.cat(writes)), tuple(spans)),
+            self._on_device(torch.tensor(sample_rows, dtype=torch.long)),
             tuple(sample_requests),
         )
+
+    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Does not wait for the device; torch keeps pinned memory until it is copied."""
+        if self._device.type != "cuda":
+            return values.to(self._device)
+        return values.pin_memory().to(self._device, non_blocking=True)
 
     def _add(self, new: NewRequest) -> None:
         if new.request_id in self._rows:

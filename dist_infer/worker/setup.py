@@ -25,7 +25,9 @@ class WorkerSetup:
     """Everything a process needs to become the given ranks of a plan.
 
     `ranks`: one rank for a Ray actor; all stages of one tp_rank for the local executor. `config_json`: the model's
-    config.json. `devices`: torch device of each of the ranks. `threads`: compute threads of this process.
+    config.json. `devices`: torch device of each of the ranks. `reader`: what reads the store.
+    `threads`: compute threads of this process.
+    `timeline`: record when each unit is read and computed.
     """
 
     plan_json: str
@@ -34,8 +36,10 @@ class WorkerSetup:
     store: StoreLocation
     devices: tuple[str, ...]
     verify: Literal["first", "always", "never"]
+    reader: str
     threads: int
     step_timeout_s: float
+    timeline: bool = False
 
 
 def store_key(location: StoreLocation) -> StoreKey:

@@ -19,21 +19,38 @@ from dist_infer.model.attention import KVCache, use_batch
 from dist_infer.worker.request_table import RequestTable
 from dist_infer.worker.sampler import sample
 from dist_infer.worker.setup import WorkerSetup, store_key
+from offload import kernels
 from offload.format import open_store
+from offload.readers.choose import make_reader
 from offload.readers.threads import ThreadReader
 from offload.streamer import Streamer
+from offload.timeline import Timeline
+from offload.views import Kept
 from partition.errors import UnsupportedModelError
 from partition.plan import Plan
 from partition.sharding import cut_axes, local_heads
+
+ROW_THREADS = 8  # a row read waits for what the disk is busy with: many wait at a time
+ROW_BLOCK_BYTES = 64 << 10
 
 
 class StageRunner:
     """Owns the stage's weights, KV cache and request table. Not thread-safe; steps come in order."""
 
-    def __init__(self, setup: WorkerSetup, plan: Plan, rank: int, device: str, group: TensorParallel) -> None:
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        plan: Plan,
+        rank: int,
+        device: str,
+        group: TensorParallel,
+        timeline: Timeline | None = None,
+    ) -> None:
         self.rank_plan = plan.ranks[rank]
         self.dtype = DTYPES[plan.dtype]
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, on the host, for every new context length
         self.hidden_size = plan.model.hidden_size
         spec, ours = plan.model, self.rank_plan
         self.model = StageModel(
@@ -59,22 +76,28 @@ class StageRunner:
         self._table = RequestTable(plan.block_tokens, ours.num_kv_blocks, self.device)
         self._units = [unit.name for unit in ours.units]
         manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
+        self._encoded = any(array.encoded for blob in manifest.blobs for array in blob.tensors)
         entries = {blob.unit: blob for blob in manifest.blobs if blob.tp_rank == ours.tp_rank}
-        self._reader = ThreadReader()
+        self._reader = make_reader(setup.reader)
+        by_rows = any(unit.tier == "rows" for unit in ours.units)
+        self._row_reader = ThreadReader(num_threads=ROW_THREADS, block_bytes=ROW_BLOCK_BYTES) if by_rows else None
         try:
             self._streamer = Streamer(
                 directory=Path(setup.store.directory),
                 blobs=[entries[name] for name in self._units],
                 tiers=[unit.tier for unit in ours.units],
+                kept=[Kept(unit.kept_bytes, unit.streamed_from) for unit in ours.units],
                 reader=self._reader,
+                row_reader=self._row_reader,
                 num_slots=ours.num_slots,
                 num_device_slots=ours.num_device_slots,
                 device=device,
                 verify=setup.verify,
                 read_timeout_s=setup.step_timeout_s,
+                timeline=timeline,
             )
         except BaseException:
-            self._reader.close()  # its threads have no other owner yet
+            self._close_readers()  # their threads have no other owner yet
             raise
         self._checked_layers = False
         self._group = group
@@ -86,6 +109,8 @@ class StageRunner:
     def load(self, progress: Callable[[int, int], None]) -> None:
         """Read the resident units; the first streamed ones are then already on their way."""
         started = time.monotonic()
+        if self._encoded:
+            kernels.status()  # built here at the latest, not within the first step
         self._streamer.load(progress)
         self._load_s = time.monotonic() - started
 
@@ -136,6 +161,7 @@ class StageRunner:
             kv_bytes=self._cache.num_bytes,
             rss_bytes=rss_bytes,
             reader=f"{self._reader.name}, {'O_DIRECT' if self._reader.direct else 'buffered'}",
+            kernels=kernels.status() if self._encoded else "",
             load_s=self._load_s,
         )
 
@@ -157,7 +183,12 @@ class StageRunner:
 
     def close(self) -> None:
         self._streamer.close()
+        self._close_readers()
+
+    def _close_readers(self) -> None:
         self._reader.close()
+        if self._row_reader is not None:
+            self._row_reader.close()
 
     def _sample(self, request_ids: tuple[str, ...], logits: torch.Tensor) -> list[SampledToken]:
         if self.rank_plan.tp_rank != 0 or not request_ids:

@@ -335,6 +335,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
         "plan": ["--hardware", *run],
         "pack": run,
         "verify": ["--json", "--set", "target"],
+        "bench": [],
         "schema": [],
         "version": [],
     }

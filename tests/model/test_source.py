@@ -17,7 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from dist_infer.location import resolve_model
 from dist_infer.model.source import CheckpointSource
+from dist_infer.model.stored import stored_encodings
+from offload.encoded import EncodedTensor
+from offload.quantize import encode
 from partition.checkpoint import check_tensors, open_checkpoint
+from partition.encoding import EncodingChoice
 from partition.errors import CheckpointError, UnsupportedModelError
 from partition.model_spec import ModelSpec
 from partition.sharding import cut_axes, shard_intervals, units_of
@@ -143,6 +147,48 @@ def test_a_type_is_converted_once(tiny_checkpoint: Callable[..., Path]) -> None:
         assert torch.equal(values, stored[name].bfloat16()), name
 
 
+@pytest.mark.parametrize("wished", ["int8", "int4", "fp8"])
+def test_a_rank_s_part_is_encoded_after_the_cut(wished: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """Scales of rows that another rank's columns had a say in would make the store depend on the tensor degree."""
+    index = open_checkpoint(tiny_checkpoint("qwen3_moe", num_hidden_layers=1))
+    spec = ModelSpec.from_config(index.config)
+    plain, kept = (
+        CheckpointSource(
+            index=index, spec=spec, tensor=2, tp_ranks=[1], dtype=torch.bfloat16, encodings=EncodingChoice(wished=name)
+        )
+        for name in ("float", wished)
+    )
+    encodings = set()
+    for unit in units_of(spec):
+        (floats,), (found,) = plain.load_unit(unit.name), kept.load_unit(unit.name)
+        assert found.keys() == floats.keys()
+        for name, tensor in found.items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, floats[name])
+                assert unit.name != "layers.0" or "norm" in name or "gate.weight" in name or "down_proj" in name, name
+                continue
+            expected = encode(floats[name], tensor.encoding, torch.bfloat16)
+            assert (tensor.dtype, tensor.shape) == (torch.bfloat16, floats[name].shape)
+            assert torch.equal(tensor.codes, expected.codes)
+            assert torch.equal(tensor.scales, expected.scales)
+            encodings.add(tensor.encoding)
+    assert encodings == {"int8": {"int8"}, "int4": {"int4-g64", "int4-g32"}, "fp8": {"fp8-g64", "fp8-g32"}}[wished]
+
+
+def test_as_is_of_floats_is_floats(tiny_checkpoint: Callable[..., Path]) -> None:
+    index = open_checkpoint(tiny_checkpoint("llama"))
+    spec = ModelSpec.from_config(index.config)
+    source = CheckpointSource(
+        index=index,
+        spec=spec,
+        tensor=1,
+        tp_ranks=[0],
+        dtype=torch.float32,
+        encodings=EncodingChoice(wished="as-is", stored=stored_encodings(index, spec)),
+    )
+    assert not any(isinstance(t, EncodedTensor) for u in units_of(spec) for t in source.load_unit(u.name)[0].values())
+
+
 @pytest.mark.slow
 def test_gguf_tensors_equal_the_library_s_own() -> None:
     """Rotary row order of q and k, norms, quantized blocks dequantised in pieces, the tied head."""
@@ -220,6 +266,28 @@ def test_quantized_types_are_refused_by_name(tiny_checkpoint: Callable[..., Path
     source, _ = source_of(path)
     with pytest.raises(CheckpointError, match=f"{Q_PROJ} is stored as I8"):
         source.load_unit(_unit_of(spec, Q_PROJ))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_no_number_is_named_when_it_is_encoded(
+    value: float, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a float it stays what the checkpoint says; as a code it would be some number."""
+    path = copy_of(tiny_checkpoint("qwen3"), tmp_path / "m")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(path, lambda tensors: tensors[name][5].fill_(value))
+    index = open_checkpoint(path)
+    spec = ModelSpec.from_config(index.config)
+    source = CheckpointSource(
+        index=index,
+        spec=spec,
+        tensor=1,
+        tp_ranks=[0],
+        dtype=torch.float32,
+        encodings=EncodingChoice(wished="int8"),
+    )
+    with pytest.raises(CheckpointError, match=rf"{name} of {path} \(model\.safetensors\).*{value} at row 5"):
+        source.load_unit("layers.1")
 
 
 def test_a_config_that_says_otherwise_than_the_tables_is_refused(

@@ -1,0 +1,271 @@
+"""Parameters from GGUF: any type as floats, or the blocks' own codes where an encoding of ours holds them.
+
+A matrix is never dequantised whole. For each rank it is known which row of which tensor every row of its part is (the
+rotary row order of q and k, the gate and up halves of experts and the cut over ranks are all permutations of rows), and
+the part is put together from pieces of rows, which threads prepare ahead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_infer.model.adapter import DTYPES
+from dist_infer.model.checkpoint_files import CheckpointFiles
+from dist_infer.model.gguf_blocks import can_dequantise, codes_of, floats_of
+from dist_infer.model.shards import Assembly, Stored, Wanted, kept_as, shard_tensor
+from offload.encoded import EncodedTensor
+from offload.quantize import from_codes
+from partition.checkpoint_index import CheckpointIndex, TensorEntry
+from partition.encoding import LEAST_GROUP, RAW, ROWS_PER_TILE
+from partition.errors import CheckpointError, UnsupportedModelError
+from partition.gguf_config import gguf_architecture
+from partition.gguf_names import gguf_sources
+from partition.gguf_types import TENSOR_TYPES
+from partition.model_spec import ModelSpec
+from partition.sharding import AxisCut, Interval, ParameterSpec, shard_intervals
+
+_PIECE_ELEMENTS = 1 << 20
+_MOST_THREADS = 4  # of Python, with the interpreter's lock between them; more of them only wait
+_BLOCKS = {name: (block, size) for name, block, size in TENSOR_TYPES.values()}
+
+Rows = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """blocks: uint8 [rows, blocks of a row, bytes of a block]."""
+
+    entry: TensorEntry
+    blocks: Bytes
+
+
+class GgufReader:
+    """Implements `ParameterReader`."""
+
+    def __init__(self, index: CheckpointIndex, spec: ModelSpec, model: Any, dtype: torch.dtype) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self._index, self._dtype, self._files = index, dtype, CheckpointFiles(index)
+        processor = TENSOR_PROCESSORS.get(gguf_architecture(spec.model_type), TensorProcessor)
+        self._processor = processor(config=model.config.to_dict())
+        self._sources = gguf_sources(spec, index.tensors)
+        for entry in index.tensors.values():
+            if not can_dequantise(entry.dtype):
+                raise UnsupportedModelError(
+                    f"{self._files.where(entry)}: tensor {entry.name} is of type {entry.dtype}, which the installed "
+                    "gguf package cannot dequantise: install a newer one, or use a file of other types"
+                )
+
+    def require(self, names: set[str]) -> None:
+        lacking = sorted(n for n in names if any(s not in self._index.tensors for s in self._sources.get(n, (n,))))
+        if lacking:
+            tensors = " and ".join(self._sources.get(lacking[0], (lacking[0],)))
+            raise CheckpointError(
+                f"{self._index.path} lacks tensor {tensors} for {lacking[0]}"
+                + (f" and for {len(lacking) - 1} more parameters" if len(lacking) > 1 else "")
+            )
+
+    def parts(self, parameter: ParameterSpec, cut: AxisCut, wanted: Sequence[Wanted]) -> list[Stored]:
+        entries = [self._index.tensors[name] for name in self._sources[parameter.name]]
+        self._check_shapes(parameter, entries)
+        dtype = self._dtype if parameter.dtype is None else DTYPES[parameter.dtype]
+        stored = [self._read(entry) for entry in entries]
+        if len(parameter.shape) < 2:
+            whole = self._vector(stored[0]).to(dtype)
+            return [shard_tensor(whole, parameter, cut, part.tp_rank) for part in wanted]
+        rows = self._row_numbers(parameter, entries)
+        return [self._part(parameter, cut, part, stored, rows, dtype) for part in wanted]
+
+    def _check_shapes(self, parameter: ParameterSpec, entries: Sequence[TensorEntry]) -> None:
+        shape = parameter.shape
+        if len(entries) > 1:
+            shape = (*shape[:-2], shape[-2] // len(entries), shape[-1])
+        for entry in entries:
+            if entry.shape != shape:
+                raise CheckpointError(
+                    f"{self._files.where(entry)}: tensor {entry.name} has shape {list(entry.shape)}, but the metadata "
+                    f"says {list(shape)}"
+                )
+
+    def _read(self, entry: TensorEntry) -> _StoredTensor:
+        _, size = _BLOCKS[entry.dtype]
+        raw = np.frombuffer(self._files.bytes_of(entry), dtype=np.uint8)
+        block = _BLOCKS[entry.dtype][0]
+        columns = entry.shape[-1] if entry.shape else 1
+        return _StoredTensor(entry, raw.reshape(-1, columns // block, size))
+
+    def _vector(self, stored: _StoredTensor) -> torch.Tensor:
+        """A norm or bias in float32, with what llama.cpp's converter did to it undone (norms stored plus one)."""
+        values = floats_of(stored.entry.dtype, stored.blocks[0]).reshape(stored.entry.shape).numpy()
+        weights = self._processor.process(weights=values, name=stored.entry.name).weights
+        return torch.from_numpy(np.ascontiguousarray(weights))
+
+    def _row_numbers(self, parameter: ParameterSpec, entries: Sequence[TensorEntry]) -> Rows:
+        """[.., rows]: for each row of the parameter its number among the rows of all tensors, one behind another.
+
+        The processor is given row numbers in place of weights, so that its order of rows is known for codes as well.
+        """
+        numbers = []
+        for index, entry in enumerate(entries):
+            count = int(np.prod(entry.shape[:-1]))
+            own = np.arange(count, dtype=np.int64).reshape(*entry.shape[:-1], 1)
+            if len(entry.shape) == 2:
+                own = np.asarray(self._processor.process(weights=own, name=entry.name).weights)
+            if own.shape != (*entry.shape[:-1], 1) or not np.array_equal(np.sort(own, axis=None), np.arange(count)):
+                raise RuntimeError(f"transformers changes more than the order of rows of {entry.name}")
+            numbers.append(own[..., 0] + index * count)
+        return np.concatenate(numbers, axis=-1)
+
+    def _part(
+        self,
+        parameter: ParameterSpec,
+        cut: AxisCut,
+        wanted: Wanted,
+        stored: Sequence[_StoredTensor],
+        rows: Rows,
+        dtype: torch.dtype,
+    ) -> Stored:
+        split = parameter.split
+        columns: tuple[Interval, ...] = ((0, parameter.shape[-1]),)
+        if split is not None:
+            intervals = shard_intervals(parameter, cut, wanted.tp_rank)
+            if split.dim == len(parameter.shape) - 1:
+                columns = intervals
+            else:
+                kept = [np.arange(first, end) for first, end in intervals]
+                rows = np.take(rows, np.concatenate(kept), axis=split.dim)
+        flat = rows.reshape(-1)
+        width = sum(end - first for first, end in columns)
+        step = max(1, _PIECE_ELEMENTS // max(1, width) // ROWS_PER_TILE) * ROWS_PER_TILE
+        assembly = Assembly(wanted, dtype)
+        names = " and ".join(tensor.entry.name for tensor in stored)
+        where = f"tensor {names} of {self._files.where(stored[0].entry)}"
+
+        def prepare(first: int) -> _Piece:
+            return _Piece(first, self._piece(stored, flat[first : first + step], columns, wanted.encoding))
+
+        for piece in _ahead(prepare, range(0, len(flat), step)):
+            assembly.put(piece.first, piece.kept(wanted.encoding, self._dtype, where))
+        return assembly.done()
+
+    def _piece(
+        self, stored: Sequence[_StoredTensor], rows: Rows, columns: Sequence[Interval], encoding: str
+    ) -> _Codes | torch.Tensor:
+        """Rows of a part, in its order: their codes where every one of them has some, else float32."""
+        count = len(stored[0].blocks)
+        edges = [0, *(np.flatnonzero(np.diff(rows // count)) + 1).tolist(), len(rows)]
+        runs = [
+            (stored[int(rows[first]) // count], _selected(rows[first:end] % count))
+            for first, end in itertools.pairwise(edges)
+            if end > first
+        ]
+        if encoding != RAW:
+            pieces = [_codes(tensor, selected, columns, encoding) for tensor, selected in runs]
+            found = [piece for piece in pieces if piece is not None]
+            if len(found) == len(runs):
+                return found[0] if len(found) == 1 else _joined(found)
+        return torch.cat([_floats(tensor, selected, columns) for tensor, selected in runs])
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Codes [rows, columns] uint8, scales and minima [rows, columns / 32] float32."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a part from `first` on."""
+
+    first: int
+    content: _Codes | torch.Tensor
+
+    def kept(self, encoding: str, dtype: torch.dtype, where: str) -> Stored:
+        content = self.content
+        if isinstance(content, torch.Tensor):
+            return kept_as(content, encoding, dtype, where=f"{where}, rows from {self.first} on:")
+        shape = torch.Size(content.codes.shape)
+        exact: EncodedTensor = from_codes(encoding, shape, dtype, content.codes, content.scales, content.minima)
+        return exact
+
+
+def _joined(pieces: Sequence[_Codes]) -> _Codes:
+    minima = [piece.minima for piece in pieces if piece.minima is not None]
+    return _Codes(
+        torch.cat([piece.codes for piece in pieces]),
+        torch.cat([piece.scales for piece in pieces]),
+        torch.cat(minima) if minima else None,
+    )
+
+
+def _selected(rows: Rows) -> Rows | slice:
+    """Rows one behind another as a slice, which costs no copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all()):
+        return slice(first, last + 1)
+    return rows
+
+
+def _floats(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interval]) -> torch.Tensor:
+    """[rows, columns of all intervals] float32; only the blocks that they touch are dequantised."""
+    block, size = _BLOCKS[tensor.entry.dtype]
+    parts = []
+    for first, end in columns:
+        touched = tensor.blocks[rows, first // block : -(-end // block)]
+        values = floats_of(tensor.entry.dtype, touched.reshape(-1, size)).reshape(len(touched), -1)
+        parts.append(values[:, first % block : first % block + end - first])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _codes(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interval], encoding: str) -> _Codes | None:
+    """The same as codes and scales; None where the type has none in this encoding or groups would be cut."""
+    block, size = _BLOCKS[tensor.entry.dtype]
+    if len(columns) != 1 or columns[0][0] % LEAST_GROUP or columns[0][1] % LEAST_GROUP:
+        return None
+    first, end = columns[0]
+    touched = tensor.blocks[rows, first // block : -(-end // block)]
+    found = codes_of(tensor.entry.dtype, encoding, touched.reshape(-1, size))
+    if found is None:
+        return None
+
+    def inside(values: NDArray[Any], unit: int) -> torch.Tensor:
+        """The columns wanted, of whole blocks; one value stands for `unit` columns."""
+        at = first % block // unit
+        wide = values.reshape(len(touched), -1)[:, at : at + (end - first) // unit]
+        return torch.from_numpy(np.ascontiguousarray(wide))
+
+    minima = None if found.minima is None else inside(found.minima, LEAST_GROUP)
+    return _Codes(inside(found.codes, 1), inside(found.scales, LEAST_GROUP), minima)
+
+
+def _ahead(prepare: Callable[[int], _Piece], firsts: range) -> Iterator[_Piece]:
+    """The pieces in order; threads are at most two pieces each ahead, so that memory stays bounded."""
+    if len(firsts) < 2:
+        yield from map(prepare, firsts)
+        return
+    num_threads = min(_MOST_THREADS, torch.get_num_threads(), len(firsts))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="dist-infer-dequantise") as threads:
+        waiting: deque[Future[_Piece]] = deque()
+        try:
+            for first in firsts:
+                waiting.append(threads.submit(prepare, first))
+                if len(waiting) > num_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
