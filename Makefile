@@ -4,7 +4,8 @@
 demo: setup
 	.venv/bin/dist-infer launch configs/quickstart.yaml
 
-test: setup
+test:
+	scripts/setup-tests
 	.venv/bin/python -m pytest
 
 setup:

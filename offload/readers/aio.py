@@ -4,7 +4,8 @@
     close()  ─────────────┤ eventfd ──> the thread: takes events, continues or ends blocks, begins new ones
     the kernel, each end ─┘
 
-As fast as eight threads and half of their processor time (benchmarks/readers.py). What the kernel does not read
+On an idle machine as fast as the threads for half of their processor time, on a busy one up to a tenth slower
+(benchmarks/readers.py); `reader: auto` measures which it is. What the kernel does not read
 asynchronously (a file that refuses O_DIRECT) is read with blocking reads on the same thread.
 """
 
@@ -29,7 +30,7 @@ from offload.readers.port import ReadFile, read_failed
 from offload.readers.ranges import RangeRead, check_block_bytes, check_range
 
 BLOCK_BYTES = 2**20
-DEPTH = 16
+DEPTH = 32
 
 
 @dataclass(frozen=True)

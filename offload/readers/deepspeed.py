@@ -9,7 +9,7 @@ What the operator leaves open is closed here:
   process. All of it is looked at before.
 - `wait()` waits for all reads of a handle: each thread has a handle of its own, with one read at a time.
 - Into memory that CUDA has not pinned it reads through a buffer it allocates and locks anew each time. Here the buffer
-  is allocated once for each thread.
+  is allocated once for each thread. The copy costs about a quarter of a second of processor time per GB.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _DeepSpeedRead:
         """Read into all of `into`; how many of its first bytes have come for sure."""
         length = into.nbytes
         own = self._torch.frombuffer(into, dtype=self._torch.uint8)
-        pinned = own.is_pinned()
+        pinned = self._handle.is_pinned(own)  # by CUDA, or by the operator itself
         target = into if pinned else self._memory[:length]
         ends = [min(start + self._io_bytes, length) for start in range(0, length, self._io_bytes)]
         for end in ends:
@@ -139,7 +139,7 @@ def _check_lockable(num_bytes: int) -> None:
 
 
 def main() -> int:
-    """Build the operator, and show that it reads."""
+    """Build the operator, and make a reader of it."""
     try:
         directory = build_ops()
         DeepSpeedReader().close()

@@ -39,6 +39,8 @@ class AioHandle(Protocol):
 
     def pread(self, buffer: object, filename: str, validate: bool, asynchronous: bool, offset: int, /) -> int: ...
 
+    def is_pinned(self, buffer: object, /) -> bool: ...
+
     def new_cpu_locked_tensor(self, num_elem: int, example: object, /) -> TensorLike: ...
 
     def free_cpu_locked_tensor(self, tensor: object, /) -> bool: ...
@@ -95,20 +97,24 @@ def build_ops() -> Path:
         ConfigError: DeepSpeed, a compiler or libaio is missing; the compiler's words are on stderr.
     """
     directory = ops_directory()
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
     scripts = sysconfig.get_path("scripts")  # where pip put ninja
+    kept = dict(os.environ)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
     os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", "")))
     try:
         from deepspeed.ops.op_builder import AsyncIOBuilder
-    except ImportError as error:
-        raise ConfigError(f"DeepSpeed is not installed ({error}): pip install 'dist-infer[deepspeed]'") from error
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
+
+        directory.mkdir(parents=True, exist_ok=True)
         AsyncIOBuilder().load(verbose=False)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"DeepSpeed is not installed ({error}): pip install 'dist-infer[deepspeed]'") from error
     except (RuntimeError, OSError, ImportError) as error:
         raise ConfigError(
             f"building async_io failed: {error}. It needs g++, ninja and libaio (apt-get install g++ libaio-dev)"
         ) from error
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
     return directory
 
 

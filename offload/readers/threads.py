@@ -8,9 +8,10 @@ from __future__ import annotations
 from offload.readers.blocks import read_block
 from offload.readers.pool import BlockPool
 
-# Blocks of 1 MiB in eight threads read 5-13 % faster than 4 MiB in four on a virtual disk: benchmarks/readers.py
+# 11 to 28 % faster than four threads with blocks of 4 MiB on a busy two-core machine with a virtual disk, also beside a
+# computing process (benchmarks/readers.py): as much in flight, in requests that the disk need not cut.
 BLOCK_BYTES = 2**20
-NUM_THREADS = 8
+NUM_THREADS = 12
 
 
 class ThreadReader(BlockPool):

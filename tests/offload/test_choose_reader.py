@@ -16,6 +16,7 @@ from offload.readers.aio import AioReader
 from offload.readers.aio_kernel import AioKernel
 from offload.readers.choose import choose_reader, make_reader
 from offload.readers.deepspeed import DeepSpeedReader
+from offload.readers.deepspeed_ops import build_ops
 from offload.readers.measure import ReadRate
 from offload.readers.port import ReadFile
 from offload.readers.scripted import Fail, ScriptedReader
@@ -105,6 +106,16 @@ def test_deepspeed_that_is_not_built_is_refused_with_the_command_and_never_built
     assert "deepspeed not available" in choice.reason
     reader.close()
     assert not (tmp_path / "ops").exists()
+
+
+def test_building_without_deepspeed_names_the_extra_and_leaves_the_environment_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    before = dict(os.environ)
+    with pytest.raises(ConfigError, match=r"dist-infer\[deepspeed\]"):
+        build_ops()
+    assert dict(os.environ) == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_operator_is_loaded_without_the_package():

@@ -12,6 +12,7 @@ import os
 import threading
 
 import pytest
+import torch
 
 from offload.aligned import aligned_memory
 from offload.readers.aio import AioReader
@@ -132,6 +133,9 @@ class FaultyHandle:
         self.handle = handle
         self.op = op
 
+    def is_pinned(self, buffer):
+        return self.handle.is_pinned(buffer)
+
     def new_cpu_locked_tensor(self, num_elem, example):
         return self.handle.new_cpu_locked_tensor(num_elem, example)
 
@@ -139,6 +143,7 @@ class FaultyHandle:
         return self.handle.free_cpu_locked_tensor(tensor)
 
     def pread(self, buffer, filename, validate, asynchronous, offset):
+        self.op.targets.append(buffer.data_ptr())
         fault = self.op.next_fault()
         if fault == "refused":
             return -1
@@ -155,6 +160,7 @@ class FaultyOp:
     def __init__(self, faults):
         self.faults = faults
         self.num_reads = 0
+        self.targets = []
         self.lock = threading.Lock()
 
     def next_fault(self):
@@ -323,6 +329,25 @@ def test_the_operator_reads_the_file_that_was_opened(tmp_path):
     assert into == data
     assert (op.num_reads, reader.num_retries) == (2, 0)
     reader.close()
+
+
+@pytest.mark.parametrize("faults", [{}, {1: "eio"}, {0: "short"}])
+def test_pinned_memory_is_read_into_without_a_copy_and_with_the_same_checks(tmp_path, faults):
+    """Locked by the operator here, by CUDA where there is one."""
+    data = os.urandom(4 * BLOCK)
+    (tmp_path / "f").write_bytes(data)
+    op = FaultyOp(faults)
+    handle = load_op().aio_handle(BLOCK, 1, True, False, 1)
+    locked = handle.new_cpu_locked_tensor(4 * BLOCK, torch.empty(0, dtype=torch.uint8))
+    into = memoryview((ctypes.c_char * (4 * BLOCK)).from_address(locked.data_ptr())).cast("B")
+    reader = DeepSpeedReader(num_threads=1, block_bytes=2 * BLOCK, io_bytes=BLOCK, op=op)
+    assert reader.submit(ReadFile(tmp_path / "f"), 0, 4 * BLOCK, into).result(5) == 4 * BLOCK
+    assert into == data
+    assert op.targets == [locked.data_ptr(), locked.data_ptr() + 2 * BLOCK]
+    assert reader.num_retries == len(faults)
+    reader.close()
+    into.release()
+    handle.free_cpu_locked_tensor(locked)
 
 
 @pytest.mark.parametrize(
