@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from dist_infer.model.adapter import DTYPES
 from dist_infer.model.checkpoint_files import CheckpointFiles
-from dist_infer.model.gguf_blocks import can_dequantise, codes_of, floats_of
+from dist_infer.model.gguf_blocks import Codes, can_dequantise, codes_of, floats_of
+from dist_infer.model.gguf_tiles import tiles_of
 from dist_infer.model.shards import Assembly, Stored, Wanted, kept_as, shard_tensor
-from offload.encoded import EncodedTensor
-from offload.quantize import from_codes
 from partition.checkpoint_index import CheckpointIndex, TensorEntry
 from partition.encoding import LEAST_GROUP, RAW, ROWS_PER_TILE
 from partition.errors import CheckpointError, UnsupportedModelError
@@ -59,8 +58,9 @@ class GgufReader:
         processor = TENSOR_PROCESSORS.get(gguf_architecture(spec.model_type), TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._sources = gguf_sources(spec, index.tensors)
+        unknown = {kind for kind in {entry.dtype for entry in index.tensors.values()} if not can_dequantise(kind)}
         for entry in index.tensors.values():
-            if not can_dequantise(entry.dtype):
+            if entry.dtype in unknown:
                 raise UnsupportedModelError(
                     f"{self._files.where(entry)}: tensor {entry.name} is of type {entry.dtype}, which the installed "
                     "gguf package cannot dequantise: install a newer one, or use a file of other types"
@@ -98,9 +98,8 @@ class GgufReader:
                 )
 
     def _read(self, entry: TensorEntry) -> _StoredTensor:
-        _, size = _BLOCKS[entry.dtype]
+        block, size = _BLOCKS[entry.dtype]
         raw = np.frombuffer(self._files.bytes_of(entry), dtype=np.uint8)
-        block = _BLOCKS[entry.dtype][0]
         columns = entry.shape[-1] if entry.shape else 1
         return _StoredTensor(entry, raw.reshape(-1, columns // block, size))
 
@@ -151,17 +150,17 @@ class GgufReader:
         names = " and ".join(tensor.entry.name for tensor in stored)
         where = f"tensor {names} of {self._files.where(stored[0].entry)}"
 
-        def prepare(first: int) -> _Piece:
-            return _Piece(first, self._piece(stored, flat[first : first + step], columns, wanted.encoding))
+        def prepare(first: int) -> tuple[int, Stored]:
+            return first, self._piece(stored, flat[first : first + step], columns, wanted.encoding)
 
-        for piece in _ahead(prepare, range(0, len(flat), step)):
-            assembly.put(piece.first, piece.kept(wanted.encoding, self._dtype, where))
+        for first, piece in _ahead(prepare, range(0, len(flat), step)):
+            if isinstance(piece, torch.Tensor):
+                piece = kept_as(piece, wanted.encoding, self._dtype, where=f"{where}, rows from {first} on:")
+            assembly.put(first, piece)
         return assembly.done()
 
-    def _piece(
-        self, stored: Sequence[_StoredTensor], rows: Rows, columns: Sequence[Interval], encoding: str
-    ) -> _Codes | torch.Tensor:
-        """Rows of a part, in its order: their codes where every one of them has some, else float32."""
+    def _piece(self, stored: Sequence[_StoredTensor], rows: Rows, columns: Sequence[Interval], encoding: str) -> Stored:
+        """Rows of a part, in its order: encoded where every one of them has codes of its own, else float32."""
         count = len(stored[0].blocks)
         edges = [0, *(np.flatnonzero(np.diff(rows // count)) + 1).tolist(), len(rows)]
         runs = [
@@ -173,41 +172,20 @@ class GgufReader:
             pieces = [_codes(tensor, selected, columns, encoding) for tensor, selected in runs]
             found = [piece for piece in pieces if piece is not None]
             if len(found) == len(runs):
-                return found[0] if len(found) == 1 else _joined(found)
-        return torch.cat([_floats(tensor, selected, columns) for tensor, selected in runs])
+                return tiles_of(encoding, _joined(found), self._dtype)
+        floats = [_floats(tensor, selected, columns) for tensor, selected in runs]
+        return floats[0] if len(floats) == 1 else torch.cat(floats)
 
 
-@dataclass(frozen=True)
-class _Codes:
-    """Codes [rows, columns] uint8, scales and minima [rows, columns / 32] float32."""
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    minima: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Rows of a part from `first` on."""
-
-    first: int
-    content: _Codes | torch.Tensor
-
-    def kept(self, encoding: str, dtype: torch.dtype, where: str) -> Stored:
-        content = self.content
-        if isinstance(content, torch.Tensor):
-            return kept_as(content, encoding, dtype, where=f"{where}, rows from {self.first} on:")
-        shape = torch.Size(content.codes.shape)
-        exact: EncodedTensor = from_codes(encoding, shape, dtype, content.codes, content.scales, content.minima)
-        return exact
-
-
-def _joined(pieces: Sequence[_Codes]) -> _Codes:
+def _joined(pieces: Sequence[Codes]) -> Codes:
+    """One below the other; all or none have minima, being of one encoding."""
+    if len(pieces) == 1:
+        return pieces[0]
     minima = [piece.minima for piece in pieces if piece.minima is not None]
-    return _Codes(
-        torch.cat([piece.codes for piece in pieces]),
-        torch.cat([piece.scales for piece in pieces]),
-        torch.cat(minima) if minima else None,
+    return Codes(
+        codes=np.concatenate([piece.codes for piece in pieces]),
+        scales=np.concatenate([piece.scales for piece in pieces]),
+        minima=np.concatenate(minima) if minima else None,
     )
 
 
@@ -230,7 +208,7 @@ def _floats(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interva
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _codes(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interval], encoding: str) -> _Codes | None:
+def _codes(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interval], encoding: str) -> Codes | None:
     """The same as codes and scales; None where the type has none in this encoding or groups would be cut."""
     block, size = _BLOCKS[tensor.entry.dtype]
     if len(columns) != 1 or columns[0][0] % LEAST_GROUP or columns[0][1] % LEAST_GROUP:
@@ -241,24 +219,23 @@ def _codes(tensor: _StoredTensor, rows: Rows | slice, columns: Sequence[Interval
     if found is None:
         return None
 
-    def inside(values: NDArray[Any], unit: int) -> torch.Tensor:
+    def inside(values: NDArray[Any], unit: int) -> NDArray[Any]:
         """The columns wanted, of whole blocks; one value stands for `unit` columns."""
         at = first % block // unit
-        wide = values.reshape(len(touched), -1)[:, at : at + (end - first) // unit]
-        return torch.from_numpy(np.ascontiguousarray(wide))
+        return values.reshape(len(touched), -1)[:, at : at + (end - first) // unit]
 
     minima = None if found.minima is None else inside(found.minima, LEAST_GROUP)
-    return _Codes(inside(found.codes, 1), inside(found.scales, LEAST_GROUP), minima)
+    return Codes(codes=inside(found.codes, 1), scales=inside(found.scales, LEAST_GROUP), minima=minima)
 
 
-def _ahead(prepare: Callable[[int], _Piece], firsts: range) -> Iterator[_Piece]:
+def _ahead(prepare: Callable[[int], tuple[int, Stored]], firsts: range) -> Iterator[tuple[int, Stored]]:
     """The pieces in order; threads are at most two pieces each ahead, so that memory stays bounded."""
     if len(firsts) < 2:
         yield from map(prepare, firsts)
         return
     num_threads = min(_MOST_THREADS, torch.get_num_threads(), len(firsts))
     with ThreadPoolExecutor(num_threads, thread_name_prefix="dist-infer-dequantise") as threads:
-        waiting: deque[Future[_Piece]] = deque()
+        waiting: deque[Future[tuple[int, Stored]]] = deque()
         try:
             for first in firsts:
                 waiting.append(threads.submit(prepare, first))

@@ -15,11 +15,13 @@ from gguf_files import convert
 
 from benchmarks.gguf_loss import blocks_of, one_layer, relative_rms, write_gguf
 from dist_infer.model import gguf_source
+from dist_infer.model.gguf_blocks import Codes
+from dist_infer.model.gguf_tiles import tiles_of
 from dist_infer.model.shards import Stored, Wanted, shard_tensor
 from dist_infer.model.source import CheckpointSource
 from dist_infer.model.stored import stored_encodings
 from offload.encoded import EncodedTensor
-from offload.quantize import encode
+from offload.quantize import encode, from_codes
 from partition.checkpoint import check_tensors, open_checkpoint
 from partition.encoding import EncodingChoice
 from partition.errors import CheckpointError, UnsupportedModelError
@@ -108,6 +110,23 @@ def test_as_is_keeps_every_type(kind: str, tmp_path: Path, monkeypatch: pytest.M
                 else:
                     limit = MOST_LOSS.get(kind, MOST_LOSS[AS_IS[kind]])
                     assert relative_rms(found.decode(torch.float32), part) < limit, name
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("encoding", ["int4-g32", "int8-g32"])
+def test_tiles_are_those_of_from_codes(encoding: str, rows: int) -> None:
+    """Two ways to one layout: what the kernels read must not depend on who packed it."""
+    rng = np.random.default_rng(rows)
+    codes = rng.integers(0, 16 if encoding == "int4-g32" else 256, (rows, 96), dtype=np.uint8)
+    scales = rng.standard_normal((rows, 3)).astype(np.float16).astype(np.float32)
+    scales[0] = -0.0
+    minima = -8 * scales if encoding == "int4-g32" else None
+    found = tiles_of(encoding, Codes(codes=codes, scales=scales, minima=minima), torch.bfloat16)
+    given = [torch.from_numpy(codes), torch.from_numpy(scales), None if minima is None else torch.from_numpy(minima)]
+    expected = from_codes(encoding, codes.shape, torch.bfloat16, *given)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales.view(torch.int16), expected.scales.view(torch.int16))
 
 
 @pytest.mark.parametrize("encoding", ["raw", "int8", "int8-g32", "int4-g64", "fp8-g128"])
