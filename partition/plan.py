@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 MAX_MICRO_BATCHES = 16
+_SLOWER_FOR_PROMPTS = 0.97  # decoding may become so much slower so that long prompts take fewer passes
 
 
 def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) -> Plan:
@@ -71,15 +72,20 @@ def _plan(work: Work) -> Plan:
     layout = lay_out(work, micro_batches=1)
     micro_batches = 1
     if any(rank.streamed_bytes_per_pass for rank in layout.ranks):
-        # a step large enough that computing hides the streaming, if its hidden states fit
-        crossing = predict_step(work, layout.loads, layout.kv.batch).crossing_tokens
-        wanted = min(MAX_MICRO_BATCHES, math.ceil(crossing / work.max_batch_tokens))
+        # a step large enough that computing hides the streaming, if its hidden states fit and cost no residency
+        alone = predict_step(work, layout.loads, layout.kv.batch)
+        wanted = min(MAX_MICRO_BATCHES, math.ceil(alone.crossing_tokens / work.max_batch_tokens))
         while wanted > 1:
             try:
-                layout, micro_batches = lay_out(work, micro_batches=wanted), wanted
-                break
+                larger = lay_out(work, micro_batches=wanted)
             except BudgetError:
-                wanted //= 2
+                larger = None
+            if larger is not None:
+                decode = predict_step(work, larger.loads, larger.kv.batch).decode_tokens_per_s
+                if decode >= _SLOWER_FOR_PROMPTS * alone.decode_tokens_per_s:
+                    layout, micro_batches = larger, wanted
+                    break
+            wanted //= 2
     used = {node: sum(rank.host_bytes for rank in layout.ranks if rank.node == node) for node in work.limits}
     return Plan(
         name=options.name,
