@@ -107,6 +107,8 @@ class StreamReport:
     compute_s: float  # busy_s less stalls and communication
     num_tokens: int
     stall_s_per_unit: dict[str, float] = field(default_factory=dict)
+    num_read_retries: int = 0  # reads repeated after an error
+    num_slow_reads: int = 0  # slower than 10 medians and than 100 ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from offload.check import BlobCheck, finish_read
 from offload.format import BlobEntry
 from offload.readers.port import Reader, ReadFile
 from offload.slots import SlotRing
+from offload.slow_reads import ReadTime
 from offload.stats import StreamStats
 from offload.timeline import Timeline
 from offload.views import Kept
@@ -57,6 +58,7 @@ class ReadAhead:
         self._prefixes: Mapping[int, torch.Tensor] = {}
         self._num_submitted = 0
         self._reading: deque[tuple[int, int, Future[int]]] = deque()  # unit, slot, in order of submission
+        self._times: deque[ReadTime] = deque()  # of the same reads
 
     def start(self, prefixes: Mapping[int, torch.Tensor]) -> None:
         """Begin to read the first units, one per slot. prefixes: of units that keep one, its bytes (uint8)."""
@@ -82,6 +84,7 @@ class ReadAhead:
         length = self._lengths[index]
         finish_read(future, self._blobs[index].unit, self._files[index].path, length, self._timeout_s)
         self._reading.popleft()
+        self._stats.slow_reads.add(self._times.popleft().seconds)
         self._ring.read_done(slot)
         self._stats.bytes_read += length
         self._ring.take(slot)
@@ -128,14 +131,17 @@ class ReadAhead:
         if self._ring.poisoned:
             before = self._poison_after(slot, before)
         start, length = self._kept[index].streamed_from, self._lengths[index]
-        reading = None
+        reading, taken = None, ReadTime(before)
+        before = taken.begin
         if self._timeline is not None:
             reading = self._timeline.reading(self._blobs[index].unit, slot, length, before)
             before = reading.begin
         future = self._reader.submit(self._files[index], start, length, buffer.memory, before)
+        future.add_done_callback(taken.end)
         if reading is not None:
             future.add_done_callback(reading.end)
         self._reading.append((index, slot, future))
+        self._times.append(taken)
 
     def _poison_after(self, slot: int, before: Callable[[], None] | None) -> Callable[[], None]:
         def poison() -> None:

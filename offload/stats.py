@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.slow_reads import SlowReads
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSnapshot:
@@ -17,6 +19,7 @@ class StreamSnapshot:
     longest_stall_s: float
     stall_s_per_unit: dict[str, float]
     num_read_retries: int
+    num_slow_reads: int  # slower than 10 medians and than 100 ms; loading not included
     num_verified: int  # blobs whose checksum was compared
 
 
@@ -28,6 +31,7 @@ class StreamStats:
         self.bytes_copied = 0
         self.num_passes = 0
         self.num_read_retries = 0
+        self.slow_reads = SlowReads()
         self.num_verified = 0
         self._num_waits = 0
         self._longest_stall_s = 0.0
@@ -50,5 +54,6 @@ class StreamStats:
             longest_stall_s=self._longest_stall_s,
             stall_s_per_unit=dict(self._stall_s_per_unit),
             num_read_retries=self.num_read_retries,
+            num_slow_reads=self.slow_reads.count,
             num_verified=self.num_verified,
         )

@@ -179,6 +179,8 @@ class StageRunner:
             compute_s=max(0.0, busy - stats.stall_s - communication),
             num_tokens=self._num_tokens,
             stall_s_per_unit=dict(stats.stall_s_per_unit),
+            num_read_retries=stats.num_read_retries,
+            num_slow_reads=stats.num_slow_reads,
         )
 
     def close(self) -> None:

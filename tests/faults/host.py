@@ -78,7 +78,10 @@ class Host:
             raise error
         self.llm.integrity()
         after = self.figures()
-        counted = {name: after[name] - before[name] for name in ("num_read_retries", "num_verified", "bytes_read")}
+        counted = {
+            name: after[name] - before[name]
+            for name in ("num_read_retries", "num_slow_reads", "num_verified", "bytes_read")
+        }
         return {"tokens": self.tokens, **counted, "longest_stall_s": after["longest_stall_s"]}
 
     def figures(self) -> dict[str, Any]:

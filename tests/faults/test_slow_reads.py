@@ -15,4 +15,4 @@ def test_slow_reads_change_no_token_and_kill_nothing(serving, injected):
     assert strace.num_injected >= 2
     assert answer["tokens"] == serving.golden
     assert answer["num_read_retries"] == 0
-    assert answer["longest_stall_s"] >= 0.1
+    assert answer["num_slow_reads"] >= 1

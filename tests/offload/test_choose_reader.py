@@ -37,16 +37,14 @@ def rates(*gigabytes_per_s, cpu_s_per_gb):
 @pytest.mark.parametrize(
     ("found", "name"),
     [
-        ({"threads": (1.0, 0.03), "aio": (1.2, 0.09)}, "aio"),  # the fastest, whatever it costs
-        ({"threads": (1.0, 0.03), "aio": (1.04, 0.03)}, "threads"),  # a tie, and no cheaper
-        ({"threads": (1.0, 0.03), "aio": (1.04, 0.025)}, "threads"),  # hardly cheaper
-        ({"threads": (1.0, 0.03), "aio": (0.97, 0.01)}, "aio"),  # a tie, at a third of the cost
-        ({"threads": (1.0, 0.03), "aio": (0.9, 0.001)}, "threads"),  # cheap, but slower
-        ({"threads": (1.0, 0.03), "aio": (1.2, 0.02), "deepspeed": (1.19, 0.01)}, "deepspeed"),
+        ({"threads": (1.0, 0.03), "aio": (1.2, 0.09)}, "aio"),
+        ({"threads": (1.0, 0.03), "aio": (1.1, 0.01)}, "threads"),  # too little for what it may lose beside computing
+        ({"threads": (1.0, 0.03), "aio": (1.2, 0.02), "deepspeed": (1.3, 0.01)}, "deepspeed"),
+        ({"threads": (1.0, 0.03), "deepspeed": (0.9, 0.01)}, "threads"),
         ({"threads": (1.0, 0.03)}, "threads"),
     ],
 )
-def test_the_fastest_is_taken_and_of_equals_the_cheapest(found, name):
+def test_another_reader_is_taken_only_where_it_is_clearly_faster(found, name):
     measured = {key: rates(speed / 3, speed, speed * 1.5, cpu_s_per_gb=cost) for key, (speed, cost) in found.items()}
     choice = choose._choice(measured, {})
     assert choice.name == name
