@@ -73,6 +73,8 @@ class DiskRows:
         wanted = unique.tolist()
         if wanted and not 0 <= wanted[0] <= wanted[-1] < self.shape[0]:
             raise IndexError(f"rows {wanted[0]} to {wanted[-1]} of an embedding of {self.shape[0]}")
+        if not wanted:
+            return torch.empty((*token_ids.shape, self.shape[1]), dtype=self.dtype)
         found = torch.empty((len(wanted), self.shape[1]), dtype=self.dtype)
         target = memoryview(found.view(torch.uint8).numpy().data).cast("B")
         per_round = max(1, ROW_STAGING_BYTES // (round_up(self._row_bytes, ALIGN_BLOB) + ALIGN_BLOB))

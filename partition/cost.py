@@ -4,8 +4,8 @@
 
 S bytes streamed per pass (at rest: encoded ones, kept parts apart), F and M the stage's arithmetic and memory
 bandwidth, W its bytes of weights at rest, o what a layer and micro-batch cost whatever its size, for all of them. The
-ranks of one node share its disk, cores and memory. Below the crossing point T* (where 2·P_active·T/F + o = S/BW) more
-tokens are free.
+ranks of one node share its disk, cores and memory; those of a stage add two all-reduces a layer to the network. Below
+the crossing point T* (where 2·P_active·T/F + o = S/BW) more tokens are free.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from partition.hardware import ASSUMED_LAYER_OVERHEAD_S, HardwareFacts, NodeFacts
+from partition.hardware import ASSUMED_ALL_REDUCE_S, ASSUMED_LAYER_OVERHEAD_S, HardwareFacts, NodeFacts
 from partition.model_spec import ModelSpec
 from partition.plan_data import DTYPE_BYTES, Prediction, RankPlan
 from partition.sharding import UnitSpec, units_of
+
+_REDUCES_PER_LAYER = 2  # after attention and after the MLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,12 @@ def costs_of(
         else:
             share = load.num_ranks / on_node[load.node]
             flops, memory, link = node.flops * share, node.memory_bytes_per_s * share, 0.0
+        device = "cuda" if load.on_cuda else "cpu"
         per_token = 2 * load.layer_parameters / flops
-        overhead = _layer_overhead(node, load.on_cuda) * load.num_layers * micro_batches
+        overhead = _layer_overhead(node, device) * load.num_layers * micro_batches
+        reduces = 0.0
+        if load.num_ranks > 1:
+            reduces = _REDUCES_PER_LAYER * load.num_layers * micro_batches * ASSUMED_ALL_REDUCE_S[device]
         disk = load.disk_bytes / node.disk_bytes_per_s
         crosses = stage + 1 < len(loads) and loads[stage + 1].node != load.node
         seconds = {
@@ -128,7 +134,7 @@ def costs_of(
             "link": link,
             "compute": per_token * tokens + 2 * load.head_parameters * batch / flops + overhead,
             "memory": load.weight_bytes / memory + overhead,
-            "network": tokens * hidden_bytes / hardware.network_bytes_per_s if crosses else 0.0,
+            "network": (tokens * hidden_bytes / hardware.network_bytes_per_s if crosses else 0.0) + reduces,
         }
         streaming = max(disk, link)
         crossing = max(1, math.ceil((streaming - overhead) / per_token)) if streaming and per_token else 0
@@ -214,8 +220,8 @@ def predict_loads(
     )
 
 
-def _layer_overhead(node: NodeFacts, on_cuda: bool) -> float:
+def _layer_overhead(node: NodeFacts, device: str) -> float:
     """Seconds a layer and micro-batch."""
     if node.layer_overhead_s is not None:
         return node.layer_overhead_s
-    return ASSUMED_LAYER_OVERHEAD_S["cuda" if on_cuda else "cpu"]
+    return ASSUMED_LAYER_OVERHEAD_S[device]

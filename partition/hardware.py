@@ -34,6 +34,7 @@ ASSUMED_DEVICE_FLOPS = 100e12
 ASSUMED_DEVICE_BYTES_PER_S = 1e12
 ASSUMED_LINK_BYTES_PER_S = 20e9
 ASSUMED_LAYER_OVERHEAD_S = {"cpu": 0.7e-3, "cuda": 0.1e-3}  # calls and small kernels of a layer, whatever its size
+ASSUMED_ALL_REDUCE_S = {"cpu": 1e-3, "cuda": 30e-6}  # of a decode step's hidden states: latency, not bytes
 _MAX_COUNT = 4096
 
 

@@ -19,6 +19,7 @@ from partition.kv_budget import describe_kv
 from partition.model_spec import ModelSpec
 from partition.plan_data import (
     DTYPE_BYTES,
+    ROW_STAGING_BYTES,
     KvChoice,
     NodeBudget,
     Plan,
@@ -49,17 +50,23 @@ __all__ = [
 ]
 
 MAX_MICRO_BATCHES = 16
+_LEAST_ROWS = 4  # an embedding of so many times what reading its rows takes is worth leaving on disk
 _SLOWER_FOR_PROMPTS = 0.97  # decoding may become so much slower so that long prompts take fewer passes
 
 
 def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) -> Plan:
     """The plan. Raises ConfigError for options that contradict each other or the model, BudgetError for a misfit."""
-    if not options.embedding_rows or options.device != "cpu":
+    embedding_bytes = spec.vocab_size * spec.hidden_size * DTYPE_BYTES.get(options.dtype, 0)
+    worth_it = embedding_bytes >= _LEAST_ROWS * ROW_STAGING_BYTES
+    if not options.embedding_rows or options.device != "cpu" or not worth_it:
         return _plan(prepare(spec, hardware, options, embedding_rows=False))
     try:
         whole = _plan(prepare(spec, hardware, options, embedding_rows=False))
-    except BudgetError:
-        return _plan(prepare(spec, hardware, options, embedding_rows=True))
+    except BudgetError as misfit:
+        try:
+            return _plan(prepare(spec, hardware, options, embedding_rows=True))
+        except BudgetError:
+            raise misfit from None
     if not any(rank.streamed_bytes_per_pass for rank in whole.ranks):
         return whole
     rows = _plan(prepare(spec, hardware, options, embedding_rows=True))
