@@ -412,7 +412,7 @@ def test_a_pack_that_was_killed_is_resumed_to_the_same_store(
     assert command("verify", file).code == 0
     assert list(tmp_path.glob("stores/*/*.tmp")) == []
     (manifest,) = tmp_path.glob("stores/*/manifest.json")
-    undisturbed = command("pack", file, "--json", "--set", "offload.store=others")
+    undisturbed = command("pack", file, "--json", "--set", f"offload.store={tmp_path / 'others'}")
     assert (Path(json.loads(undisturbed.out)["store"]) / "manifest.json").read_bytes() == manifest.read_bytes()
 
 
