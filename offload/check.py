@@ -46,11 +46,11 @@ class BlobCheck:
         if policy not in ("first", "always", "never"):
             raise ValueError(f"verify is 'first', 'always' or 'never', not {policy!r}")
         self._policy = policy
-        self._directory = directory
+        self._paths = [directory / blob.file for blob in blobs]
         self._blobs = blobs
         self._stats = stats
         self._verified: set[int] = set()
-        self._as_opened = [_state_of(directory / blob.file) for blob in blobs]
+        self._as_opened = [_state_of(path) for path in self._paths]
 
     def wanted(self, index: int) -> bool:
         """Whether blob `index`, just read, has to be compared.
@@ -75,7 +75,7 @@ class BlobCheck:
         """Compare a checksum computed elsewhere. Raises StoreError naming unit and file."""
         blob = self._blobs[index]
         if digest != blob.digest:
-            path = self._directory / blob.file
+            path = self._paths[index]
             raise StoreError(
                 f"unit {blob.unit!r} in {path} is damaged: its checksum is {digest}, packed was {blob.digest}. "
                 f"Run `dist-infer verify` to see what else is; delete {path} to have it packed again"
@@ -85,7 +85,7 @@ class BlobCheck:
 
     def _refuse_changes(self, index: int) -> None:
         """A file put in its place is none of our concern: readers keep the one that they opened."""
-        before, path = self._as_opened[index], self._directory / self._blobs[index].file
+        before, path = self._as_opened[index], self._paths[index]
         now = _state_of(path)
         if before is not None and now is not None and now != before and now[0] == before[0]:
             raise StoreError(

@@ -24,7 +24,6 @@ _LEAST_SCALE = 2.0**-100  # smaller ones count as 0: products with them would be
 _LARGEST = 2.0**120
 _MOST = {"int8": 127.0, "fp8": 448.0}  # the largest codes
 _HALF_LARGEST = 65504.0
-_E4M3_NAN = 0x7F
 
 
 def encode(tensor: Tensor, encoding: str, dtype: torch.dtype) -> EncodedTensor:
@@ -45,42 +44,6 @@ def encode(tensor: Tensor, encoding: str, dtype: torch.dtype) -> EncodedTensor:
             raise ValueError(f"{chunk[bad[0], bad[1]].item()} at row {first + bad[0]}, column {bad[1]}")
         tiles = slice(first // ROWS_PER_TILE, -(-(first + chunk.shape[0]) // ROWS_PER_TILE))
         _encode_chunk(chunk.contiguous(), encoding, largest, encoded.codes[tiles], encoded.scales[tiles])
-    return encoded
-
-
-def from_codes(
-    encoding: str,
-    shape: torch.Size | tuple[int, ...],
-    dtype: torch.dtype,
-    codes: Tensor,
-    scales: Tensor,
-    minima: Tensor | None = None,
-) -> EncodedTensor:
-    """What another format already holds as codes and scales, without a change of value.
-
-    codes   uint8 [.., N, K]: int4 0..15; int8 q + 128; fp8 the byte
-    scales  float32 [.., N, K/g], and minima likewise (int4 needs them, the others have none). Where the encoding keeps
-            float16 they are rounded to it: exact for those that came from float16. Below 2**-100 is 0.
-
-    Raises ValueError for shapes that do not fit, codes out of range, and scales that are not finite or too large.
-    """
-    kind = encoding.partition("-")[0]
-    columns = shape[-1]
-    groups = columns // group_of(encoding, columns)
-    encoded = _empty(encoding, torch.Size(shape), dtype, codes.device)
-    if codes.dtype != torch.uint8 or tuple(codes.shape) != tuple(shape):
-        raise ValueError(f"codes of {encoding} must be uint8 {tuple(shape)}, not {codes.dtype} {tuple(codes.shape)}")
-    if (minima is not None) != (kind == "int4"):
-        raise ValueError(f"{encoding} {'needs' if kind == 'int4' else 'has no'} minima")
-    if kind == "int4" and codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"a code of {encoding} is {int(codes.max())}: 0 to 15 are possible")
-    if kind == "fp8" and bool(((codes & 0x7F) == _E4M3_NAN).any()):
-        raise ValueError(f"a code of {encoding} is NaN")
-    rounded = [_rounded_scales(encoding, "scales", scales, (*shape[:-1], groups))]
-    if minima is not None:
-        rounded.append(_rounded_scales(encoding, "minima", minima, (*shape[:-1], groups)))
-    encoded.codes.copy_(pack_codes(encoding, codes.reshape(-1, columns)))
-    _write_scales(encoded.scales, *rounded)
     return encoded
 
 
@@ -135,15 +98,3 @@ def _write_scales(out: Tensor, *parts: Tensor) -> None:
     """[.., N, K/g] each, into the scales of tiles."""
     tiles = [pack_scales(part.reshape(-1, part.shape[-1]).to(out.dtype)) for part in parts]
     out.copy_(tiles[0] if len(tiles) == 1 else torch.stack(tiles, 2))
-
-
-def _rounded_scales(encoding: str, name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Given scales or minima, checked, as float32 that the encoding holds exactly."""
-    if tuple(values.shape) != shape:
-        raise ValueError(f"{name} of {encoding} must have the shape {shape}, not {tuple(values.shape)}")
-    values = values.float()
-    if encoding.startswith("int4") or encoding == "int8-g32":
-        values = values.half().float()
-    if values.numel() and not values.abs().max().item() <= _LARGEST:
-        raise ValueError(f"{name} of {encoding} are not finite, or too large")
-    return torch.where(values.abs() < _LEAST_SCALE, 0.0, values)

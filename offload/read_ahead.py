@@ -84,7 +84,10 @@ class ReadAhead:
         length = self._lengths[index]
         finish_read(future, self._blobs[index].unit, self._files[index].path, length, self._timeout_s)
         self._reading.popleft()
-        self._stats.slow_reads.add(self._times.popleft().seconds)
+        taken = self._times.popleft()
+        self._stats.slow_reads.add(taken.seconds)
+        if self._timeline is not None and taken.begun_s is not None:
+            self._timeline.add("read", self._blobs[index].unit, slot, taken.begun_s, length, taken.ended_s)
         self._ring.read_done(slot)
         self._stats.bytes_read += length
         self._ring.take(slot)
@@ -131,15 +134,9 @@ class ReadAhead:
         if self._ring.poisoned:
             before = self._poison_after(slot, before)
         start, length = self._kept[index].streamed_from, self._lengths[index]
-        reading, taken = None, ReadTime(before)
-        before = taken.begin
-        if self._timeline is not None:
-            reading = self._timeline.reading(self._blobs[index].unit, slot, length, before)
-            before = reading.begin
-        future = self._reader.submit(self._files[index], start, length, buffer.memory, before)
+        taken = ReadTime(before)
+        future = self._reader.submit(self._files[index], start, length, buffer.memory, taken.begin)
         future.add_done_callback(taken.end)
-        if reading is not None:
-            future.add_done_callback(reading.end)
         self._reading.append((index, slot, future))
         self._times.append(taken)
 

@@ -18,24 +18,28 @@ class ReadTime:
 
     def __init__(self, before: Callable[[], None] | None) -> None:
         self._before = before
-        self._begun: float | None = None
-        self._ended: float | None = None
+        self.begun_s: float | None = None  # time.perf_counter
+        self._ended_s: float | None = None
 
     def begin(self) -> None:
         """For Reader.submit's `before`: does what had to be done before, and takes the time."""
         if self._before is not None:
             self._before()
-        self._begun = time.perf_counter()
+        self.begun_s = time.perf_counter()
 
     def end(self, _: Future[int]) -> None:
         """For the future: the read is done."""
-        self._ended = time.perf_counter()
+        self._ended_s = time.perf_counter()
+
+    @property
+    def ended_s(self) -> float:
+        """Of a read whose future is done; callbacks may come a moment after those who wait for it."""
+        return time.perf_counter() if self._ended_s is None else self._ended_s
 
     @property
     def seconds(self) -> float:
-        """Of a read whose future is done; callbacks may come a moment after those who wait for it."""
-        ended = time.perf_counter() if self._ended is None else self._ended
-        return 0.0 if self._begun is None else ended - self._begun
+        """How long it took; 0 for a read that was never begun."""
+        return 0.0 if self.begun_s is None else self.ended_s - self.begun_s
 
 
 class SlowReads:
@@ -47,6 +51,6 @@ class SlowReads:
 
     def add(self, seconds: float) -> None:
         """One more read, in the order of the cycle."""
-        if self._last and seconds > max(LEAST_S, TIMES_MEDIAN * median(self._last)):
+        if seconds > LEAST_S and self._last and seconds > TIMES_MEDIAN * median(self._last):
             self.count += 1
         self._last.append(seconds)

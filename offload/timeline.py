@@ -10,8 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,28 +30,6 @@ class TimelineEvent:
     num_bytes: int = 0
 
 
-class Reading:
-    """One read on its way: `begin` goes to the reader as `before`, `end` to the future as its callback."""
-
-    def __init__(
-        self, timeline: Timeline, unit: str, slot: int, num_bytes: int, before: Callable[[], None] | None
-    ) -> None:
-        self._timeline, self._unit, self._slot, self._num_bytes = timeline, unit, slot, num_bytes
-        self._before = before
-        self._start_s: float | None = None
-
-    def begin(self) -> None:
-        """Called by the reader before the first byte; what had to happen first is not part of the read."""
-        if self._before is not None:
-            self._before()
-        self._start_s = time.perf_counter()
-
-    def end(self, future: Future[int]) -> None:
-        """Called when the future is done. A read that was cancelled or failed leaves no event."""
-        if self._start_s is not None and not future.cancelled() and future.exception() is None:
-            self._timeline.add("read", self._unit, self._slot, self._start_s, self._num_bytes)
-
-
 class Timeline:
     """The last `capacity` events of one rank; older ones make room. `add` and `drain` may be called by any thread.
 
@@ -66,18 +42,16 @@ class Timeline:
         self._lock = threading.Lock()
         self._compute_start_s = 0.0
 
-    def add(self, kind: Kind, unit: str, slot: int, start_s: float, num_bytes: int = 0) -> float:
-        """Note an event that ends now; returns the time of its end."""
-        end_s = time.perf_counter()
+    def add(
+        self, kind: Kind, unit: str, slot: int, start_s: float, num_bytes: int = 0, end_s: float | None = None
+    ) -> float:
+        """Note an event; returns the time of its end, which is now unless it is given."""
+        end_s = time.perf_counter() if end_s is None else end_s
         event = TimelineEvent(kind, unit, slot, start_s, end_s, num_bytes)
         with self._lock:
             self._num_dropped += len(self._events) == self._events.maxlen
             self._events.append(event)
         return end_s
-
-    def reading(self, unit: str, slot: int, num_bytes: int, before: Callable[[], None] | None) -> Reading:
-        """A read that is about to be submitted with this `before`."""
-        return Reading(self, unit, slot, num_bytes, before)
 
     def waited(self, unit: str, slot: int, start_s: float) -> None:
         """The computing thread waited for a streamed unit since `start_s` and computes it from now on."""
@@ -92,7 +66,7 @@ class Timeline:
         self.add("compute", unit, slot, self._compute_start_s, num_bytes)
 
     def drain(self) -> tuple[tuple[TimelineEvent, ...], int]:
-        """(events since the last call in the order of their ends, how many were lost because there were too many)."""
+        """(events since the last call in the order they were noted, how many were lost because there were too many)."""
         with self._lock:
             events, num_dropped = tuple(self._events), self._num_dropped
             self._events.clear()

@@ -142,27 +142,6 @@ def costs_of(
     return tuple(costs)
 
 
-def stage_costs(
-    spec: ModelSpec,
-    ranks: Sequence[RankPlan],
-    hardware: HardwareFacts,
-    *,
-    dtype: str,
-    tokens: int,
-    batch: int,
-    micro_batches: int = 1,
-) -> tuple[StageCost, ...]:
-    """`costs_of` for a plan's ranks."""
-    return costs_of(
-        stage_loads(spec, ranks),
-        hardware,
-        hidden_bytes=spec.hidden_size * DTYPE_BYTES[dtype],
-        tokens=tokens,
-        batch=batch,
-        micro_batches=micro_batches,
-    )
-
-
 def predict(
     spec: ModelSpec,
     ranks: Sequence[RankPlan],

@@ -86,11 +86,11 @@ def assert_idle(llm: LLM) -> None:
 
 
 @contextlib.contextmanager
-def leaves_nothing() -> Iterator[None]:
-    """No thread, no child process, no open file more than before."""
+def leaves_nothing() -> Iterator[Callable[[], list[psutil.Process]]]:
+    """No thread, no child process, no open file more than before; gives a look at the children since, oldest first."""
     me = psutil.Process()
     threads, children, files = set(threading.enumerate()), set(me.children(recursive=True)), me.num_fds()
-    yield
+    yield lambda: sorted(set(me.children()) - children, key=lambda child: child.create_time())
     wait_until(lambda: set(threading.enumerate()) <= threads)
     wait_until(lambda: set(me.children(recursive=True)) <= children)
     assert me.num_fds() <= files
@@ -430,8 +430,8 @@ def test_a_unit_that_goes_bad_while_serving_never_becomes_an_answer(path: Path, 
 @pytest.mark.slow
 def test_two_tensor_ranks_give_the_same_and_leave_nothing(llm: LLM, path: Path, store_root: Path) -> None:
     expected = tokens(llm, PROMPTS)
-    with leaves_nothing(), LLM(run_config(path, store_root, tensor=2, pipeline=2)) as two:
-        assert len(psutil.Process().children()) == 2
+    with leaves_nothing() as children, LLM(run_config(path, store_root, tensor=2, pipeline=2)) as two:
+        assert len(children()) == 2
         assert tokens(two, PROMPTS) == expected
         assert len(two.stream_reports()) == 4
         assert_idle(two)
@@ -449,12 +449,11 @@ def test_a_rank_that_fails_while_loading_ends_the_start(path: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_an_error_and_no_hang(path: Path, store_root: Path, victim: int) -> None:
-    with leaves_nothing(), LLM(run_config(path, store_root, tensor=2)) as llm:
-        children = sorted(psutil.Process().children(), key=lambda child: child.create_time())
+    with leaves_nothing() as children, LLM(run_config(path, store_root, tensor=2)) as llm:
         events = llm.events([(None, prompt) for prompt in PROMPTS], [LONG] * 3)
         next(events)
         started = time.monotonic()
-        children[victim].kill()
+        children()[victim].kill()
         ends = [event for _, event in events if not isinstance(event, TokenEvent)]
         assert time.monotonic() - started < 20  # without it: 30
         assert len(ends) == 3
@@ -466,8 +465,8 @@ def test_a_killed_rank_is_an_error_and_no_hang(path: Path, store_root: Path, vic
 
 @pytest.mark.slow
 def test_a_rank_that_falls_silent_is_an_error_within_the_step_timeout(path: Path, store_root: Path) -> None:
-    with leaves_nothing(), LLM(run_config(path, store_root, tensor=2, step_timeout="3 s")) as llm:
-        child = psutil.Process().children()[1]
+    with leaves_nothing() as children, LLM(run_config(path, store_root, tensor=2, step_timeout="3 s")) as llm:
+        child = children()[1]
         events = llm.events([(None, PROMPTS[0])], [LONG])
         next(events)
         started = time.monotonic()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dist_infer.model.adapter import DTYPES
 from dist_infer.model.checkpoint_files import CheckpointFiles
 from dist_infer.model.gguf_blocks import Codes, can_dequantise, codes_of, floats_of
-from dist_infer.model.gguf_tiles import tiles_of
+from dist_infer.model.gguf_tiles import scales_fit, tiles_of
 from dist_infer.model.shards import Assembly, Stored, Wanted, kept_as, shard_tensor
 from partition.checkpoint_index import CheckpointIndex, TensorEntry
 from partition.encoding import LEAST_GROUP, RAW, ROWS_PER_TILE
@@ -171,8 +171,8 @@ class GgufReader:
         if encoding != RAW:
             pieces = [_codes(tensor, selected, columns, encoding) for tensor, selected in runs]
             found = [piece for piece in pieces if piece is not None]
-            if len(found) == len(runs):
-                return tiles_of(encoding, _joined(found), self._dtype)
+            if len(found) == len(runs) and scales_fit(joined := _joined(found)):
+                return tiles_of(encoding, joined, self._dtype)  # else encoding the floats says what is wrong
         floats = [_floats(tensor, selected, columns) for tensor, selected in runs]
         return floats[0] if len(floats) == 1 else torch.cat(floats)
 

@@ -1,4 +1,4 @@
-"""Codes and scales in the tiles of partition.encoding, by numpy: what offload.quantize.from_codes gives, bit for bit.
+"""Codes and scales in the tiles of partition.encoding, by numpy: the layout of offload.kernels.layout, bit for bit.
 
 Several threads pack pieces of a tensor side by side; torch would start a team of its own in each of them. What are
 8 columns of int4 or 4 of int8 in one row is one 32-bit word of a line, so words are moved about and not bytes.
@@ -19,6 +19,13 @@ from partition.encoding import ROWS_PER_TILE
 _EVEN = np.uint64(0x000F000F000F000F)
 _PAIRS = np.uint64(0x000000FF000000FF)
 _HALF = np.uint64(0xFFFF)
+_HALF_LARGEST = 65504.0
+
+
+def scales_fit(found: Codes) -> bool:
+    """Whether float16 holds all scales and minima; NaN and inf, as damaged blocks have them, do not fit either."""
+    parts = (found.scales,) if found.minima is None else (found.scales, found.minima)
+    return all(bool((np.abs(part) <= _HALF_LARGEST).all()) for part in parts)
 
 
 def tiles_of(encoding: str, found: Codes, dtype: torch.dtype) -> EncodedTensor:

@@ -26,8 +26,8 @@ from offload.readers.aio_kernel import AioEvent, AioKernel
 from offload.readers.blocks import BlockProgress, read_block
 from offload.readers.open_files import OpenFile, OpenFiles
 from offload.readers.pool import CLOSE_TIMEOUT_S
-from offload.readers.port import ReadFile, read_failed
-from offload.readers.ranges import RangeRead, check_block_bytes, check_range
+from offload.readers.port import ReadFile
+from offload.readers.ranges import RangeRead, check_block_bytes
 
 BLOCK_BYTES = 2**20
 DEPTH = 32
@@ -99,12 +99,8 @@ class AioReader:
         """See Reader.submit. Raises RuntimeError when closed and ValueError for what is not aligned (our errors)."""
         if self._closed:
             raise RuntimeError("submit on a closed reader")
-        check_range(offset, length, into)
-        wanted = RangeRead(file=file, offset=offset, into=into[:length], block_bytes=self._block_bytes, before=before)
-        try:
-            opened = self._files.open(file.path)
-        except OSError as error:
-            wanted.future.set_exception(read_failed(file, offset, length, 0, f"cannot be opened: {error}"))
+        wanted, opened = self._files.begin(file, offset, length, into, self._block_bytes, before)
+        if opened is None:
             return wanted.future
         self._arrived.put((wanted, opened))
         os.eventfd_write(self._wake, 1)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+
+from offload.readers.port import ReadFile, read_failed
+from offload.readers.ranges import RangeRead, check_range
 
 
 class OpenFile:
@@ -52,6 +56,27 @@ class OpenFiles:
         if opened is None:
             opened = self._files[path] = OpenFile(path)
         return opened
+
+    def begin(
+        self,
+        file: ReadFile,
+        offset: int,
+        length: int,
+        into: memoryview,
+        block_bytes: int,
+        before: Callable[[], None] | None,
+    ) -> tuple[RangeRead, OpenFile | None]:
+        """What a reader's `submit` begins with: a checked range, and its file; None where the range has failed already.
+
+        Raises ValueError for what is not aligned or does not fit (our errors).
+        """
+        check_range(offset, length, into)
+        wanted = RangeRead(file=file, offset=offset, into=into[:length], block_bytes=block_bytes, before=before)
+        try:
+            return wanted, self.open(file.path)
+        except OSError as error:
+            wanted.future.set_exception(read_failed(file, offset, length, 0, f"cannot be opened: {error}"))
+            return wanted, None
 
     def close(self) -> None:
         """Give the descriptors back; nobody may be reading."""

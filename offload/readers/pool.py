@@ -12,8 +12,8 @@ from typing import Protocol
 
 from offload.readers.blocks import BlockProgress
 from offload.readers.open_files import OpenFile, OpenFiles
-from offload.readers.port import ReadFile, read_failed
-from offload.readers.ranges import RangeRead, check_block_bytes, check_range
+from offload.readers.port import ReadFile
+from offload.readers.ranges import RangeRead, check_block_bytes
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -73,12 +73,8 @@ class BlockPool:
         """See Reader.submit. Raises RuntimeError when closed and ValueError for what is not aligned (our errors)."""
         if self._closed:
             raise RuntimeError("submit on a closed reader")
-        check_range(offset, length, into)
-        wanted = RangeRead(file=file, offset=offset, into=into[:length], block_bytes=self._block_bytes, before=before)
-        try:
-            opened = self._files.open(file.path)
-        except OSError as error:
-            wanted.future.set_exception(read_failed(file, offset, length, 0, f"cannot be opened: {error}"))
+        wanted, opened = self._files.begin(file, offset, length, into, self._block_bytes, before)
+        if opened is None:
             return wanted.future
         for start, end in wanted.blocks():
             self._blocks.put((wanted, opened, start, end))

@@ -16,12 +16,13 @@ from gguf_files import convert
 from benchmarks.gguf_loss import blocks_of, one_layer, relative_rms, write_gguf
 from dist_infer.model import gguf_source
 from dist_infer.model.gguf_blocks import Codes
-from dist_infer.model.gguf_tiles import tiles_of
+from dist_infer.model.gguf_tiles import scales_fit, tiles_of
 from dist_infer.model.shards import Stored, Wanted, shard_tensor
 from dist_infer.model.source import CheckpointSource
 from dist_infer.model.stored import stored_encodings
 from offload.encoded import EncodedTensor
-from offload.quantize import encode, from_codes
+from offload.kernels.layout import pack_codes, pack_scales
+from offload.quantize import encode
 from partition.checkpoint import check_tensors, open_checkpoint
 from partition.encoding import EncodingChoice
 from partition.errors import CheckpointError, UnsupportedModelError
@@ -114,7 +115,7 @@ def test_as_is_keeps_every_type(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("rows", [1, 16, 40])
 @pytest.mark.parametrize("encoding", ["int4-g32", "int8-g32"])
-def test_tiles_are_those_of_from_codes(encoding: str, rows: int) -> None:
+def test_tiles_are_those_of_the_layout(encoding: str, rows: int) -> None:
     """Two ways to one layout: what the kernels read must not depend on who packed it."""
     rng = np.random.default_rng(rows)
     codes = rng.integers(0, 16 if encoding == "int4-g32" else 256, (rows, 96), dtype=np.uint8)
@@ -122,11 +123,22 @@ def test_tiles_are_those_of_from_codes(encoding: str, rows: int) -> None:
     scales[0] = -0.0
     minima = -8 * scales if encoding == "int4-g32" else None
     found = tiles_of(encoding, Codes(codes=codes, scales=scales, minima=minima), torch.bfloat16)
-    given = [torch.from_numpy(codes), torch.from_numpy(scales), None if minima is None else torch.from_numpy(minima)]
-    expected = from_codes(encoding, codes.shape, torch.bfloat16, *given)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert torch.equal(found.codes, expected.codes)
-    assert torch.equal(found.scales.view(torch.int16), expected.scales.view(torch.int16))
+    parts = [pack_scales(torch.from_numpy(part).half() + 0.0) for part in (scales, minima) if part is not None]
+    expected = parts[0] if minima is None else torch.stack(parts, 2)
+    assert (found.shape, found.dtype) == (torch.Size(codes.shape), torch.bfloat16)
+    assert torch.equal(found.codes, pack_codes(encoding, torch.from_numpy(codes)))
+    assert torch.equal(found.scales.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 7e4])
+def test_scales_that_float16_does_not_hold_are_not_taken_over(value: float) -> None:
+    """A damaged block's NaN would have been kept as it is, and computed with."""
+    codes, scales = np.zeros((2, 64), dtype=np.uint8), np.ones((2, 2), dtype=np.float32)
+    assert scales_fit(Codes(codes=codes, scales=scales, minima=-scales))
+    for part in (0, 1):
+        given = [scales.copy(), -scales]
+        given[part][1, 1] = value
+        assert not scales_fit(Codes(codes=codes, scales=given[0], minima=given[1]))
 
 
 @pytest.mark.parametrize("encoding", ["raw", "int8", "int8-g32", "int4-g64", "fp8-g128"])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Type
-from gguf import quants
 
 from offload.kernels import library
-from offload.quantize import encode, from_codes
+from offload.kernels.layout import pack_codes
+from offload.quantize import encode
 
 ENCODINGS = ("int8", "int8-g32", "int4-g32", "int4-g64", "int4-g128", "fp8-g32", "fp8-g64", "fp8-g128")
 
@@ -150,79 +147,12 @@ def test_refuses_shapes_that_groups_do_not_divide(shape: tuple[int, ...]) -> Non
         encode(torch.zeros(shape), "int4-g64", torch.bfloat16)
 
 
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """[blocks, 16] bytes to [blocks, 32]: low nibbles are the first 16 columns."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
-
-
-def halves(packed: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(packed).view(np.float16).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q8_0])
-@pytest.mark.parametrize("scale", [1e-7, 1.0, 900.0])
-def test_gguf_blocks_are_held_exactly(kind: Type, scale: float) -> None:
-    """Guards `as-is`: the decoded float32 has the bits of gguf's own dequantisation."""
-    rows, columns = 37, 96
-    raw = quants.quantize((weights(rows, columns) * scale).numpy(), kind)
-    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
-    minima = None
-    scales = halves(blocks[:, :2])
-    if kind == Type.Q8_0:
-        codes = blocks[:, 2:] ^ 0x80
-    elif kind == Type.Q4_0:
-        codes, minima = nibbles(blocks[:, 2:]), scales * -8
-    else:
-        codes, minima = nibbles(blocks[:, 4:]), halves(blocks[:, 2:4])
-    encoded = from_codes(
-        "int8-g32" if kind == Type.Q8_0 else "int4-g32",
-        (rows, columns),
-        torch.bfloat16,
-        torch.from_numpy(codes.reshape(rows, columns)),
-        torch.from_numpy(scales.reshape(rows, -1)),
-        None if minima is None else torch.from_numpy(minima.reshape(rows, -1)),
-    )
-    expected = torch.from_numpy(quants.dequantize(raw, kind).copy())
-    assert torch.equal(encoded.decode(torch.float32), expected)
-    assert torch.equal(encoded.decode(), expected.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("encoding", "codes", "scale", "minimum", "message"),
-    [
-        ("int4-g32", 16, 1.0, 0.0, "a code of int4-g32 is 16"),
-        ("int4-g32", 15, float("nan"), 0.0, "scales of int4-g32 are not finite"),
-        ("int4-g32", 15, 1.0, 7e4, "minima of int4-g32 are not finite, or too large"),
-        ("int4-g32", 15, 1.0, None, "needs minima"),
-        ("int8-g32", 255, 7e4, None, "scales of int8-g32 are not finite, or too large"),
-        ("int8-g32", 255, 1.0, 0.0, "has no minima"),
-        ("fp8-g32", 0x7F, 1.0, None, "is NaN"),
-        ("fp8-g32", 0xFF, 1.0, None, "is NaN"),
-    ],
-)
-def test_from_codes_refuses(encoding: str, codes: int, scale: float, minimum: float | None, message: str) -> None:
-    """Guards the kernels, which compute whatever they are given."""
-    minima = None if minimum is None else torch.full((4, 2), minimum)
-    with pytest.raises(ValueError, match=message):
-        from_codes(
-            encoding,
-            (4, 64),
-            torch.bfloat16,
-            torch.full((4, 64), codes, dtype=torch.uint8),
-            torch.full((4, 2), scale),
-            minima,
-        )
-
-
 def test_layout_is_the_documented_one() -> None:
     """Guards stores on disk: column and row of a code lie where partition.encoding says."""
     columns, row, column = 64, 21, 8 * 5 + 2 * 3 + 1
     codes = torch.zeros(32, columns, dtype=torch.uint8)
     codes[row, column] = 9
-    ones = torch.ones(32, 2)
-    four = from_codes("int4-g32", codes.shape, torch.bfloat16, codes, ones, ones)
-    words = four.codes.view(torch.int16).view(2, columns // 8, 32)
+    words = pack_codes("int4-g32", codes).view(torch.int16).view(2, columns // 8, 32)
     assert words.nonzero().tolist() == [[1, 5, 2 * 5 + 1]]
     assert words[1, 5, 11].item() & 0xFFFF == 9 << 12
-    eight = from_codes("int8-g32", codes.shape, torch.bfloat16, codes, ones)
-    assert eight.codes.nonzero().tolist() == [[1, column // 4, (2 * 5 + 1) * 2 + 1]]
+    assert pack_codes("int8-g32", codes).nonzero().tolist() == [[1, column // 4, (2 * 5 + 1) * 2 + 1]]

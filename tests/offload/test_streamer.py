@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import threading
@@ -377,6 +378,7 @@ def test_close_lets_the_memory_go(store, tmp_path, kit):
             spans = [line.split()[0].split("-") for line in maps]
         return sum(int(end, 16) - int(start, 16) for start, end in spans)
 
+    gc.collect()  # what other tests left would go during this one, and be counted
     reader = ThreadReader()
     before = mapped()
     streamer = Streamer(

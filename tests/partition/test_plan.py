@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partition.cost import active_parameters, predict, stage_costs
+from partition.cost import active_parameters, costs_of, predict, stage_loads
 from partition.encoding import EncodingChoice
 from partition.errors import BudgetError, ConfigError
 from partition.hardware import DeviceFacts, HardwareFacts, NodeFacts
@@ -317,8 +317,13 @@ def test_a_layer_costs_something_whatever_its_size():
     assert plan.prediction.tokens_per_pass == 64
     (memory,) = (
         cost.seconds["memory"]
-        for cost in stage_costs(
-            SPEC, plan.ranks, HardwareFacts(nodes=(slow,)), dtype="bfloat16", tokens=64, batch=64, micro_batches=4
+        for cost in costs_of(
+            stage_loads(SPEC, plan.ranks),
+            HardwareFacts(nodes=(slow,)),
+            hidden_bytes=576 * 2,
+            tokens=64,
+            batch=64,
+            micro_batches=4,
         )
     )
     assert memory == pytest.approx(weights / 20e9 + 4 * 12 * 0.01)
@@ -362,7 +367,7 @@ def test_a_full_pipeline_is_as_fast_as_its_slowest_stage():
     hardware = cluster(2)
     plan = make_plan(SPEC, hardware, options(pipeline=2))
     tokens = plan.prediction.tokens_per_pass
-    costs = stage_costs(SPEC, plan.ranks, hardware, dtype=plan.dtype, tokens=tokens, batch=tokens)
+    costs = costs_of(stage_loads(SPEC, plan.ranks), hardware, hidden_bytes=576 * 2, tokens=tokens, batch=tokens)
     assert plan.max_steps_in_flight == 2
     assert plan.prediction.seconds_per_pass == pytest.approx(sum(cost.total for cost in costs))
     assert plan.prediction.decode_tokens_per_s == pytest.approx(tokens / max(cost.total for cost in costs))
