@@ -90,7 +90,8 @@ class StreamBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamBench:
-    """What was found. raw_sweep: all settings, the best first. raw: every measurement of this node, in order.
+    """What was found. raw_sweep: all settings, the best first. raw: all measurements of this node, in order; beside
+    each of them, raw_in_cache: reads that stay in the processor's cache.
 
     `pictures`: of each batch the last passes of every rank; not part of the JSON.
     """
@@ -110,6 +111,7 @@ class StreamBench:
     raw_is_direct: bool
     raw_sweep: tuple[RawRate, ...]
     raw: tuple[RawRate, ...]
+    raw_in_cache: tuple[RawRate, ...]
     raw_assumed: dict[str, float]  # of other nodes: their rate as measured at the start
     batches: tuple[StreamBatch, ...]
     verdict: str
@@ -153,6 +155,7 @@ class _Bench:
             rank.num_slots * rank.slot_bytes for rank in plan.ranks if rank.node not in self._remote
         )
         self._rates: list[RawRate] = []
+        self._in_cache: list[RawRate] = []
 
     def run(self, batches: Sequence[int]) -> StreamBench:
         sweep = self._raw.sweep(_SWEEP_FACTOR * self._options.raw_s)
@@ -186,6 +189,7 @@ class _Bench:
             raw_is_direct=self._raw.direct,
             raw_sweep=sweep,
             raw=tuple(self._rates),
+            raw_in_cache=tuple(self._in_cache),
             raw_assumed={self._llm.gang.facts.nodes[node].name: rate for node, rate in self._remote.items()},
             batches=done,
             verdict=done[0].verdict,
@@ -194,6 +198,7 @@ class _Bench:
 
     def _measure_raw(self) -> RawRate:
         self._rates.append(self._raw.measure(self._options.raw_s, self._settle_bytes))
+        self._in_cache.append(self._raw.measure(self._options.raw_s, in_cache=True))
         return self._rates[-1]
 
     def _raw_by_node(self, before: RawRate, after: RawRate) -> dict[int, float]:

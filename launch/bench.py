@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,6 +123,8 @@ def _notes(found: StreamBench) -> Iterator[str]:
         f"weights {format_size(found.total_bytes)}, {100 * streamed:.0f} % streamed in every pass; reader "
         f"{found.reader}; prompts of {found.prompt_tokens} tokens, answers of {found.new_tokens}"
     )
+    in_cache = statistics.median(rate.bytes_per_s for rate in found.raw_in_cache)
+    yield f"raw reads into the same few buffers, which stay in the processor's cache: {in_cache / 1e9:.2f} GB/s"
     for name, rate in found.raw_assumed.items():
         yield f"{name}: {rate / 1e9:.2f} GB/s raw, measured at the start alone: it is another machine"
     if not found.raw_is_direct:
