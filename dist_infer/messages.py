@@ -18,23 +18,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """What the sampler of the last stage needs; temperature 0 is greedy. `seed` is always set (by the coordinator)."""
+    """What the last stage needs of a request's sampling, in token ids alone; docs/sampling.md has the meanings.
+
+    temperature 0 is greedy. `seed` is always set (by the coordinator). `bad_words` are token sequences; `held_back` are
+    ids that cannot be drawn before the answer has `min_tokens`. The numbers of logprobs: None is none, 0 is of the
+    token itself, n is of the n likeliest, too.
+    """
 
     temperature: float = 0.0
     top_k: int = 0  # 0 = off
     top_p: float = 1.0
     seed: int = 0
-    num_logprobs: int | None = None  # None: no logprobs; 0: of the chosen token alone; n: and of the n likeliest
+    num_logprobs: int | None = None
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    held_back: tuple[int, ...] = ()
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request in full: the first time it is scheduled, or again after a preemption."""
+    """A request in full: the first time it is scheduled, or again after a preemption.
+
+    With `fork_of` its first `num_computed` tokens are those of that request, which the ranks know in this step and have
+    computed that far: the blocks these tokens fill are shared, the rows of the one they fill in part are copied.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]  # prompt + tokens generated so far
     block_ids: tuple[int, ...]
     sampling: SamplingSpec
+    num_output_tokens: int = 0  # how many of token_ids were generated
+    fork_of: str | None = None
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +108,22 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the prompt's tokens at positions first, first + 1, ...: each one's logprob, and those of the n likeliest."""
+
+    request_id: str
+    first: int
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What the last stage found out in a step: exactly one token for each chunk with `sample`."""
 
     step_id: int
     tokens: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dist_infer.counter_random import SEED_BITS, sample_seed
 from dist_infer.messages import SamplingSpec
 from partition.errors import ConfigError
 
@@ -15,7 +16,13 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32
 MAX_TEMPERATURE = 100.0
-_SEED_BITS = 63
+MAX_SAMPLES = 128
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_PENALTY = 2.0  # of presence and frequency
 
 
 @dataclass(frozen=True, init=False)
@@ -31,6 +38,15 @@ class SamplingParams:
     stop_token_ids: end like the end-of-sequence token does: in `token_ids`, not in `text`.
     ignore_eos: the end-of-sequence token is a token like any other.
     logprobs: None: none; 0: of the chosen token; n <= 20: and of the n likeliest.
+    min_p: 0 (off) to 1; drops tokens less likely than min_p times the likeliest.
+    typical_p: more than 0, at most 1 (off); keeps the tokens whose surprise is nearest to the expected one.
+    repetition_penalty: 0.01 to 100, 1 is off; divides (or multiplies, where negative) logits of tokens seen so far.
+    presence_penalty, frequency_penalty: -2 to 2, 0 is off; off the logits of the answer's tokens, once or per use.
+    logit_bias: {token id: -100 to 100}, added to the logits.
+    bad_words: texts that cannot be completed, neither with nor without a space before them.
+    min_tokens: before the answer has so many, no end-of-sequence token, stop token or stop string ends it.
+    n: how many answers; they share the prompt's computation. best_of: of so many, the n likeliest per token.
+    prompt_logprobs: like logprobs, for each token of the prompt but the first.
     """
 
     max_tokens: int | None
@@ -42,6 +58,17 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     logprobs: int | None
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    bad_words: tuple[str, ...]
+    min_tokens: int
+    n: int
+    best_of: int | None
+    prompt_logprobs: int | None
 
     def __init__(
         self,
@@ -55,40 +82,96 @@ class SamplingParams:
         stop_token_ids: Iterable[int] | None = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        min_p: float = 0.0,
+        typical_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] | None = (),
+        bad_words: str | Iterable[str] | None = (),
+        min_tokens: int = 0,
+        n: int = 1,
+        best_of: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         if max_tokens is not None:
             max_tokens = _integer("max_tokens", max_tokens, "a whole number from 1, or None", low=1)
         top_k = _integer("top_k", top_k, "a whole number from 1, or 0 or -1 for off", low=-1)
         if seed is not None:
             allowed = "a signed 64-bit integer, or None"
-            seed = _integer("seed", seed, allowed, low=-(2**_SEED_BITS), high=2**_SEED_BITS - 1)
-        if logprobs is not None:
-            allowed = f"a whole number from 0 to {MAX_LOGPROBS}, or None"
-            logprobs = _integer("logprobs", logprobs, allowed, low=0, high=MAX_LOGPROBS)
+            seed = _integer("seed", seed, allowed, low=-(2**SEED_BITS), high=2**SEED_BITS - 1)
+        min_tokens = _integer("min_tokens", min_tokens, "a whole number from 0", low=0)
+        if max_tokens is not None and min_tokens > max_tokens:
+            raise ConfigError(f"min_tokens must be at most max_tokens, which is {max_tokens}, not {min_tokens}")
+        n = _integer("n", n, f"a whole number from 1 to {MAX_SAMPLES}", low=1, high=MAX_SAMPLES)
+        if best_of is not None:
+            allowed = f"a whole number from n, which is {n}, to {MAX_SAMPLES}, or None"
+            best_of = _integer("best_of", best_of, allowed, low=n, high=MAX_SAMPLES)
         if not isinstance(ignore_eos, bool):
             raise _refusal("ignore_eos", ignore_eos, "True or False")
         values = {
             "max_tokens": max_tokens,
             "temperature": _temperature(temperature),
             "top_k": max(top_k, 0),
-            "top_p": _top_p(top_p),
+            "top_p": _share("top_p", top_p),
             "seed": seed,
-            "stop": _stop_strings(stop),
+            "stop": _texts("stop", stop, MAX_STOP_STRINGS, MAX_STOP_CHARS),
             "stop_token_ids": _stop_token_ids(stop_token_ids),
             "ignore_eos": ignore_eos,
-            "logprobs": logprobs,
+            "logprobs": _num_logprobs("logprobs", logprobs),
+            "min_p": _in_range("min_p", min_p, 0.0, 1.0),
+            "typical_p": _share("typical_p", typical_p),
+            "repetition_penalty": _in_range(
+                "repetition_penalty", repetition_penalty, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+            ),
+            "presence_penalty": _in_range("presence_penalty", presence_penalty, -MAX_PENALTY, MAX_PENALTY),
+            "frequency_penalty": _in_range("frequency_penalty", frequency_penalty, -MAX_PENALTY, MAX_PENALTY),
+            "logit_bias": _logit_bias(logit_bias),
+            "bad_words": _texts("bad_words", bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
+            "min_tokens": min_tokens,
+            "n": n,
+            "best_of": best_of,
+            "prompt_logprobs": _num_logprobs("prompt_logprobs", prompt_logprobs),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def spec(self, seed: int) -> SamplingSpec:
-        """What the ranks need of it; `seed` is the one in force (ranks never draw), sent as a non-negative number."""
+    @property
+    def num_samples(self) -> int:
+        """How many answers are computed; `n` of them are given."""
+        return self.n if self.best_of is None else self.best_of
+
+    def spec(
+        self,
+        seed: int,
+        *,
+        index: int = 0,
+        eos_token_ids: Iterable[int] = (),
+        bad_words: Iterable[tuple[int, ...]] = (),
+    ) -> SamplingSpec:
+        """What the ranks need of it, for answer `index`.
+
+        seed: the one in force (ranks never draw), sent as a non-negative number that is the answer's own. bad_words:
+        `self.bad_words` as token ids, by whoever has a tokenizer.
+        """
+        ends = set(self.stop_token_ids) | (set() if self.ignore_eos else set(eos_token_ids))
+        ranked = self.num_samples > self.n
         return SamplingSpec(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            seed=seed & (2**_SEED_BITS - 1),
-            num_logprobs=self.logprobs,
+            seed=sample_seed(seed, index),
+            num_logprobs=0 if ranked and self.logprobs is None else self.logprobs,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            bad_words=tuple(bad_words),
+            min_tokens=self.min_tokens,
+            held_back=tuple(sorted(ends)) if self.min_tokens else (),
+            num_prompt_logprobs=self.prompt_logprobs if index == 0 else None,
         )
 
 
@@ -123,29 +206,63 @@ def _temperature(value: object) -> float:
     return number
 
 
-def _top_p(value: object) -> float:
+def _share(name: str, value: object) -> float:
     allowed = "a number above 0 and at most 1"
-    number = _number("top_p", value, allowed)
+    number = _number(name, value, allowed)
     if not 0 < number <= 1:
-        raise _refusal("top_p", value, allowed)
+        raise _refusal(name, value, allowed)
     return number
 
 
-def _stop_strings(value: object) -> tuple[str, ...]:
-    allowed = f"a non-empty string, or at most {MAX_STOP_STRINGS} of them, each of at most {MAX_STOP_CHARS} characters"
+def _in_range(name: str, value: object, low: float, high: float) -> float:
+    allowed = f"a number from {low:g} to {high:g}"
+    number = _number(name, value, allowed)
+    if not low <= number <= high:
+        raise _refusal(name, value, allowed)
+    return number
+
+
+def _num_logprobs(name: str, value: object) -> int | None:
+    allowed = f"a whole number from 0 to {MAX_LOGPROBS}, or None"
+    return None if value is None else _integer(name, value, allowed, low=0, high=MAX_LOGPROBS)
+
+
+def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    allowed = f"at most {MAX_LOGIT_BIASES} token ids, each with a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}"
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        value = value.items()
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise _refusal("logit_bias", value, allowed)
+    biases: dict[int, float] = {}
+    for pair in value:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise _refusal("logit_bias", pair, allowed)
+        bias = _number("logit_bias", pair[1], allowed)
+        if abs(bias) > MAX_LOGIT_BIAS:
+            raise _refusal("logit_bias", bias, allowed)
+        biases[_integer("logit_bias", pair[0], allowed, low=0)] = bias
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise ConfigError(f"logit_bias must be {allowed}, not {len(biases)} ids")
+    return tuple(sorted(biases.items()))
+
+
+def _texts(name: str, value: object, most: int, most_chars: int) -> tuple[str, ...]:
+    allowed = f"a non-empty string, or at most {most} of them, each of at most {most_chars} characters"
     if value is None:
         return ()
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise _refusal("stop", value, allowed)
-    stops = tuple(value)
-    if len(stops) > MAX_STOP_STRINGS:
-        raise ConfigError(f"stop must be {allowed}, not {len(stops)} strings")
-    for stop in stops:
-        if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise _refusal("stop", stop, allowed)
-    return stops
+        raise _refusal(name, value, allowed)
+    texts = tuple(value)
+    if len(texts) > most:
+        raise ConfigError(f"{name} must be {allowed}, not {len(texts)} strings")
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text) <= most_chars:
+            raise _refusal(name, text, allowed)
+    return texts
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:

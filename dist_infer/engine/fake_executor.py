@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from dist_infer.messages import (
     Chunk,
+    NewRequest,
+    PromptLogprobs,
     SampledToken,
     SamplingSpec,
     StepPlan,
@@ -33,6 +35,8 @@ class _Known:
     block_ids: list[int]
     sampling: SamplingSpec
     num_computed: int = 0
+    num_prompt_tokens: int = 0
+    num_shared: int = 0  # blocks at the beginning that are others', too
 
 
 class FakeExecutor:
@@ -97,16 +101,18 @@ class FakeExecutor:
         self.plans.append(plan)
         self._take_in(plan)
         tokens: list[SampledToken] = []
+        prompts: list[PromptLogprobs] = []
         for batch in plan.micro_batches:
             num_tokens = sum(chunk.num_tokens for chunk in batch)
             if num_tokens == 0 or (self._max_batch_tokens is not None and num_tokens > self._max_batch_tokens):
                 raise _refusal(plan, f"a micro-batch of {num_tokens} tokens, at most {self._max_batch_tokens} fit")
             for chunk in batch:
                 self._compute(plan, chunk)
+                prompts += self._score_prompt(chunk)
                 if chunk.sample:
                     tokens.append(self._sample(chunk.request_id))
         in_step = frozenset(chunk.request_id for batch in plan.micro_batches for chunk in batch)
-        self._results.append((StepResult(plan.step_id, tuple(tokens)), in_step))
+        self._results.append((StepResult(plan.step_id, tuple(tokens), tuple(prompts)), in_step))
         self.max_in_flight = max(self.max_in_flight, len(self._results))
 
     def collect(self, timeout_s: float) -> StepResult:
@@ -146,6 +152,11 @@ class FakeExecutor:
                 raise _refusal(plan, f"{request.request_id!r} is new, but already known")
             known = _Known(list(request.token_ids), list(request.block_ids), request.sampling)
             self._known[request.request_id] = known
+            known.num_prompt_tokens = len(request.token_ids) - request.num_output_tokens
+            if request.fork_of is not None:
+                self._fork(plan, request, known)
+            elif request.num_computed:
+                raise _refusal(plan, f"{request.request_id!r} has {request.num_computed} tokens that nobody computed")
         in_step = {chunk.request_id for batch in plan.micro_batches for chunk in batch}
         for diff in plan.diffs:
             if diff.request_id not in self._known or diff.request_id not in in_step:
@@ -158,11 +169,40 @@ class FakeExecutor:
             raise _refusal(plan, f"{sorted(unknown)} are not known")
         if shared := in_step & busy:
             raise _refusal(plan, f"{sorted(shared)} are in another step in flight")
-        blocks = [block for known in self._known.values() for block in known.block_ids]
+        blocks = [block for known in self._known.values() for block in known.block_ids[known.num_shared :]]
         if len(set(blocks)) != len(blocks):
             raise _refusal(plan, "two live requests share a block")
         if any(not 0 <= block < self.num_kv_blocks for block in blocks):
             raise _refusal(plan, f"a block id outside [0, {self.num_kv_blocks})")
+
+    def _fork(self, plan: StepPlan, request: NewRequest, known: _Known) -> None:
+        """Blocks that the common tokens fill are shared, what is over is copied, as ranks do."""
+        origin = self._known.get(request.fork_of or "")
+        num_shared, num_rows = divmod(request.num_computed, self.block_tokens)
+        if origin is None or origin is known or origin.num_computed < request.num_computed:
+            raise _refusal(plan, f"{request.request_id!r} is a fork of {request.fork_of!r}, not known that far")
+        if origin.token_ids[: request.num_computed] != known.token_ids[: request.num_computed]:
+            raise _refusal(plan, f"{request.request_id!r} has other tokens than {request.fork_of!r}")
+        if origin.block_ids[:num_shared] != known.block_ids[:num_shared]:
+            raise _refusal(plan, f"{request.request_id!r} does not share the blocks of {request.fork_of!r}")
+        for offset in range(num_rows):
+            source, target = origin.block_ids[num_shared], known.block_ids[num_shared]
+            self._cache[target, offset] = self._cache[source, offset]
+        known.num_computed, known.num_shared = request.num_computed, num_shared
+
+    def _score_prompt(self, chunk: Chunk) -> list[PromptLogprobs]:
+        """The token at position p has logprob -p; the likeliest are the ids from its own on."""
+        known = self._known[chunk.request_id]
+        count = known.sampling.num_prompt_logprobs
+        positions = range(chunk.start + 1, min(chunk.start + chunk.num_tokens, known.num_prompt_tokens - 1) + 1)
+        if count is None or not positions:
+            return []
+        top = (
+            tuple(((known.token_ids[at] + rank) % self.vocab_size, float(-at - rank)) for rank in range(count))
+            for at in positions
+        )
+        logprobs = tuple(float(-at) for at in positions)
+        return [PromptLogprobs(chunk.request_id, positions.start, logprobs, tuple(top))]
 
     def _compute(self, plan: StepPlan, chunk: Chunk) -> None:
         known = self._known[chunk.request_id]
@@ -175,6 +215,8 @@ class FakeExecutor:
             raise _refusal(plan, f"{chunk} ends beyond its {len(known.block_ids)} blocks of {self.block_tokens}")
         for position in range(chunk.start, end):
             block = known.block_ids[position // self.block_tokens]
+            if sum(block in other.block_ids for other in self._known.values()) > 1:
+                raise _refusal(plan, f"{chunk} writes into block {block}, which is another's, too")
             self._cache[block, position % self.block_tokens] = known.token_ids[position]
         known.num_computed = end
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 
 from partition.errors import ConfigError
 
 
 class KVBlockManager:
-    """Hands out block ids [0, num_blocks), in runs of consecutive ids where it can.
+    """Hands out block ids [0, num_blocks), in runs of consecutive ids where it can. A block may have several owners.
 
     Consecutive blocks let attention on a CPU take a view of the cache in place of a gathered copy. So an owner's next
     block is the one after its last, else the lowest run that is long enough, else the longest runs there are.
@@ -23,6 +24,7 @@ class KVBlockManager:
         self._free_runs: list[tuple[int, int]] = [(0, num_blocks)]  # half-open, sorted, never touching each other
         self._num_free = num_blocks
         self._owned: dict[str, list[int]] = {}
+        self._num_more_owners: dict[int, int] = {}  # of blocks with more than one
 
     @property
     def num_free(self) -> int:
@@ -50,23 +52,38 @@ class KVBlockManager:
         owned += taken
         return taken
 
+    def share(self, owner: str, origin: str, count: int) -> list[int]:
+        """The first `count` blocks of `origin`, now those of an owner without any, too. Nobody may write there."""
+        blocks = self._owned.get(origin, [])[:count]
+        if owner in self._owned or len(blocks) < count:
+            raise RuntimeError(f"{count} KV blocks of {origin!r} ({len(blocks)} there) cannot be shared by {owner!r}")
+        for block in blocks:
+            self._num_more_owners[block] = self._num_more_owners.get(block, 0) + 1
+        self._owned[owner] = list(blocks)
+        return blocks
+
     def free(self, owner: str) -> None:
-        """All blocks of the owner; nothing when it has none."""
-        for start in sorted(self._owned.pop(owner, ())):
-            self._give_back(start)
+        """All blocks of the owner, but for those that others own, too; nothing when it has none."""
+        for block in sorted(self._owned.pop(owner, ())):
+            more = self._num_more_owners.pop(block, 0)
+            if more == 0:
+                self._give_back(block)
+            elif more > 1:
+                self._num_more_owners[block] = more - 1
 
     def integrity(self) -> None:
-        """Raises RuntimeError unless every block is either free or owned exactly once."""
+        """Raises RuntimeError unless every block is either free or owned, by as many as are known to own it."""
         if not self._owned and self._free_runs == [(0, self.num_blocks)] and self._num_free == self.num_blocks:
             return  # idle: the common case, at no cost
         free = [block for start, end in self._free_runs for block in range(start, end)]
-        used = [block for blocks in self._owned.values() for block in blocks]
+        used = [block for blocks in self._owned.values() for block in set(blocks)]
+        more = {block: count - 1 for block, count in Counter(used).items() if count > 1}
+        if more != self._num_more_owners or any(len(set(blocks)) != len(blocks) for blocks in self._owned.values()):
+            raise RuntimeError(f"KV blocks: {more} have more owners than one, {self._num_more_owners} counted")
         if len(free) != self._num_free:
             raise RuntimeError(f"KV blocks: {len(free)} in the free runs, {self._num_free} counted")
-        if sorted(free + used) != list(range(self.num_blocks)):
-            raise RuntimeError(
-                f"KV blocks: {len(free)} free + {len(used)} used ({len(set(used))} different) != {self.num_blocks}"
-            )
+        if sorted([*free, *set(used)]) != list(range(self.num_blocks)):
+            raise RuntimeError(f"KV blocks: {len(free)} free + {len(set(used))} used != {self.num_blocks}")
 
     def owners(self) -> dict[str, tuple[int, ...]]:
         """A copy, for integrity checks."""

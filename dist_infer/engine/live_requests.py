@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from dist_infer.engine.generation import Ending, Generation
+from dist_infer.engine.generation import Generation
 from dist_infer.outputs import Failed, Finished
 from partition.errors import ConfigError
 
@@ -35,7 +35,8 @@ class LiveRequests:
             if generation.request_id in self._by_client_id:
                 raise ConfigError(f"request id {generation.request_id!r} is in use: wait for its end or choose another")
             self._by_client_id[generation.request_id] = generation
-            self._by_rank_id[generation.request.id] = generation
+            for request in generation.requests:
+                self._by_rank_id[request.id] = generation
 
     def by_client_id(self, request_id: str) -> Generation | None:
         with self._lock:
@@ -50,25 +51,15 @@ class LiveRequests:
         with self._lock:
             return list(self._by_client_id.values())
 
-    def finish(self, generation: Generation, ending: Ending) -> None:
-        if self._take_out(generation):
+    def finish(self, generation: Generation) -> None:
+        """All its answers have ended."""
+        if self._take_out(generation) and self._end(generation):
             self.num_finished += 1
-            self._emit(generation, generation.finished(ending, self._clock()))
 
     def abort(self, generation: Generation) -> None:
-        """With the text held back so far; a request whose text or callback fails there has failed."""
-        if not self._take_out(generation):
-            return
-        last: Finished | Failed
-        try:
-            if (event := generation.release_text()) is not None:
-                generation.on_event(event)
-            last = generation.finished(Ending("abort"), self._clock())
+        """With what its answers have so far, text that was held back included."""
+        if self._take_out(generation) and self._end(generation):
             self.num_aborted += 1
-        except Exception as error:
-            last = Failed(request_id=generation.request_id, error=error)
-            self.num_failed += 1
-        self._emit(generation, last)
 
     def fail(self, generation: Generation, error: Exception) -> None:
         if self._take_out(generation):
@@ -77,10 +68,25 @@ class LiveRequests:
 
     def _take_out(self, generation: Generation) -> bool:
         with self._lock:
-            if self._by_rank_id.pop(generation.request.id, None) is None:
+            if self._by_client_id.get(generation.request_id) is not generation:
                 return False
             del self._by_client_id[generation.request_id]
+            for request in generation.requests:
+                del self._by_rank_id[request.id]
             return True
+
+    def _end(self, generation: Generation) -> bool:
+        """False: its text or its callback failed there, and so has the request."""
+        last: Finished | Failed
+        try:
+            for event in generation.last_events():
+                generation.on_event(event)
+            last = generation.finished(self._clock())
+        except Exception as error:
+            last = Failed(request_id=generation.request_id, error=error)
+            self.num_failed += 1
+        self._emit(generation, last)
+        return isinstance(last, Finished)
 
     def _emit(self, generation: Generation, event: Finished | Failed) -> None:
         try:

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dist_infer.engine.answer import Decode
+from dist_infer.engine.bad_words import Encode, bad_word_ids
+from dist_infer.engine.detokenizer import TokenKinds
 from dist_infer.engine.executor import Executor
-from dist_infer.engine.generation import Decode, Generation, OnEvent
+from dist_infer.engine.generation import Generation, OnEvent
 from dist_infer.engine.live_requests import LiveRequests
 from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler
 from dist_infer.engine.stats import EngineStats
-from dist_infer.messages import SampledToken, StepPlan
+from dist_infer.messages import SampledToken, StepPlan, StepResult
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ClusterError, ConfigError, DistInferError
 
@@ -38,8 +41,9 @@ class _Abort:
 class EngineLoop:
     """Takes over an executor that was started: `close` closes it. The scheduler is used by nobody else.
 
-    decode: token ids -> text, called by the engine's thread. step_timeout_s: a step that takes longer is a failure of
-    the executor. clock: seconds, for the requests' metrics only.
+    decode: token ids -> text, called by the engine's thread. token_kinds: what its texts do not show. encode: text ->
+    token ids without special tokens, for bad words; None without a tokenizer. step_timeout_s: a step that takes longer
+    is a failure of the executor. clock: seconds, for the requests' metrics only.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class EngineLoop:
         vocab_size: int,
         eos_token_ids: Iterable[int],
         step_timeout_s: float,
+        token_kinds: TokenKinds | None = None,
+        encode: Encode | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < step_timeout_s <= threading.TIMEOUT_MAX:
@@ -58,6 +64,8 @@ class EngineLoop:
         self._executor = executor
         self._scheduler = scheduler
         self._decode = decode
+        self._token_kinds = token_kinds
+        self._encode = encode
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._step_timeout_s = step_timeout_s
@@ -92,7 +100,7 @@ class EngineLoop:
         `request_id` may be used again after its end. Raises ConfigError for a prompt that cannot be run or an id that
         is in use, ClusterError when the engine has failed or is closed; then there is no event.
         """
-        self.check(prompt_token_ids, params)
+        bad_words = self._checked(prompt_token_ids, params)
         prompt_ids = tuple(prompt_token_ids)
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         with self._wake:
@@ -101,24 +109,32 @@ class EngineLoop:
             if self._closing:
                 raise ClusterError("the engine is closed and takes no requests")
             # a client may name two requests alike, one after the other; to the ranks they stay two
-            request = Request(
-                id=f"{request_id}#{self._num_submitted}",
-                prompt_token_ids=prompt_ids,
-                params=params,
-                sampling=params.spec(seed),
-                eos_token_ids=self._eos_token_ids,
-            )
+            name = f"{request_id}#{self._num_submitted}"
+            requests = [
+                Request(
+                    id=f"{name}.{index}" if index else name,
+                    prompt_token_ids=prompt_ids,
+                    params=params,
+                    sampling=params.spec(seed, index=index, eos_token_ids=self._eos_token_ids, bad_words=bad_words),
+                    eos_token_ids=self._eos_token_ids,
+                )
+                for index in range(params.num_samples)
+            ]
+            if len(requests) > 1:
+                for request in requests:
+                    request.siblings = tuple(requests)
             generation = Generation(
                 request_id=request_id,
-                request=request,
+                requests=requests,
                 prompt=prompt,
                 on_event=on_event,
                 decode=self._decode,
+                token_kinds=self._token_kinds,
                 arrival_s=self._clock(),
             )
             self._live.add(generation)
             self._num_submitted += 1
-            self._inbox.append(request)
+            self._inbox += requests
             self._wake.notify()
 
     @contextmanager
@@ -129,9 +145,7 @@ class EngineLoop:
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """ConfigError if `submit` would refuse this request for what it is; nothing is queued."""
-        self._scheduler.token_limit(len(prompt_token_ids), params.max_tokens)
-        self._check_ids("prompt token ids", prompt_token_ids)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._checked(prompt_token_ids, params)
 
     def abort(self, request_id: str) -> bool:
         """End it with reason "abort"; False when there is no such live request (it may have ended just now)."""
@@ -186,7 +200,9 @@ class EngineLoop:
                 self._executor.submit(plan)
             if self._scheduler.num_in_flight:
                 result = self._executor.collect(self._step_timeout_s)
-                self._deliver(self._scheduler.apply(result))
+                new_tokens = self._scheduler.apply(result)
+                self._take_prompt_logprobs(result)
+                self._deliver(new_tokens)
 
     def _main(self) -> None:
         error: Exception | None = None
@@ -213,7 +229,8 @@ class EngineLoop:
                 self._abort(item.generation)
             else:
                 self._scheduler.add(item)
-                self._num_prompt_tokens += item.num_prompt_tokens
+                if item is (item.siblings or (item,))[0]:
+                    self._num_prompt_tokens += item.num_prompt_tokens
         if closing:
             for generation in self._live.all():
                 self._abort(generation)
@@ -225,6 +242,16 @@ class EngineLoop:
             if (generation := self._live.by_rank_id(new.request_id)) is not None:
                 generation.note_scheduled(now_s)
 
+    def _take_prompt_logprobs(self, result: StepResult) -> None:
+        for found in result.prompt_logprobs:
+            generation = self._live.by_rank_id(found.request_id)
+            if generation is None:  # aborted
+                continue
+            try:
+                generation.add_prompt_logprobs(found)
+            except Exception as error:
+                self._fail(generation, error)
+
     def _deliver(self, new_tokens: list[tuple[Request, SampledToken]]) -> None:
         now_s = self._clock()
         self._num_generated_tokens += len(new_tokens)
@@ -234,22 +261,28 @@ class EngineLoop:
                 self._scheduler.abort(request.id)
                 continue
             try:
-                event, ending = generation.advance(token, now_s)
-                generation.on_event(event)
-                if ending is not None:
+                event, has_ended = generation.advance(request, token, now_s)
+                if event is not None:
+                    generation.on_event(event)
+                if has_ended:
                     self._scheduler.finish(request)
-                    self._live.finish(generation, ending)
+                if generation.has_ended:
+                    self._live.finish(generation)
             except Exception as error:
                 self._fail(generation, error)
 
     def _abort(self, generation: Generation) -> None:
-        self._scheduler.abort(generation.request.id)
+        self._stop_working_on(generation)
         self._live.abort(generation)
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         """This request alone."""
-        self._scheduler.abort(generation.request.id)
+        self._stop_working_on(generation)
         self._live.fail(generation, error)
+
+    def _stop_working_on(self, generation: Generation) -> None:
+        for request in generation.requests:
+            self._scheduler.abort(request.id)
 
     def _end_all(self, error: Exception | None) -> None:
         """No more steps: every live request fails with the error, or is aborted when the engine is being closed."""
@@ -279,6 +312,21 @@ class EngineLoop:
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
         )
+
+    def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The params' bad words as token ids. ConfigError for what cannot be run."""
+        self._scheduler.token_limit(len(prompt_token_ids), params.max_tokens)
+        self._check_ids("prompt token ids", prompt_token_ids)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias token ids", [token_id for token_id, _ in params.logit_bias])
+        if not params.bad_words:
+            return ()
+        if self._encode is None:
+            raise ConfigError("bad_words need a tokenizer, and this model has none: use logit_bias with token ids")
+        bad_words = bad_word_ids(params.bad_words, self._encode)
+        for word in bad_words:
+            self._check_ids("token ids of bad_words", word)
+        return bad_words
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:

@@ -28,7 +28,8 @@ class Request:
 
     `id` is what the ranks know it by and never comes back; `token_limit` is prompt and answer together. A request is
     in one step in flight at most (`in_flight_step`). The `num_sent_*` say what the ranks have been told; 0 tokens:
-    they do not know the request.
+    they do not know the request. `siblings`: all answers to one prompt, itself too, where there are several; `fork_of`:
+    the one whose rows it takes over in the step that is being filled.
     """
 
     id: str
@@ -46,6 +47,8 @@ class Request:
     num_sent_blocks: int = 0
     num_preemptions: int = 0
     in_flight_step: int | None = None
+    siblings: tuple[Request, ...] = field(default=(), repr=False)
+    fork_of: str | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:

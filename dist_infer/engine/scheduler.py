@@ -23,7 +23,10 @@ from partition.errors import ClusterError, ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """`max_requests` own blocks at one time at most; `max_model_len` is prompt and answer together."""
+    """`max_requests` own blocks at one time at most; `max_model_len` is prompt and answer together.
+
+    `shares_prompts`: the ranks' caches can be taken over in part, so that several answers compute their prompt once.
+    """
 
     num_kv_blocks: int
     block_tokens: int
@@ -32,10 +35,11 @@ class SchedulerConfig:
     max_requests: int
     max_model_len: int
     max_steps_in_flight: int
+    shares_prompts: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if name != "shares_prompts" and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
 
     @property
@@ -229,19 +233,59 @@ class Scheduler:
         config = self.config
         num_active = min(len(self._running) + len(self._waiting), config.max_requests)
         num_per_step = -(-num_active // config.max_steps_in_flight)
-        while self._waiting and len(self._running) < config.max_requests:
+        index = 0
+        while index < len(self._waiting) and len(self._running) < config.max_requests:
             if draft.num_tokens_left == 0 or len(draft.shares) >= num_per_step:
                 return
-            request = self._waiting[0]
+            request = self._waiting[index]
+            origin = self._origin(request)
+            if origin is None and self._prompt_is_under_way(request):
+                index += 1  # soon it need not be computed again; whoever is behind may go first
+                continue
+            num_shared = (request.num_prompt_tokens - 1) // config.block_tokens if origin is not None else 0
             # one spare block for each running request, or it would be preempted again at once
-            need = self._blocks.blocks_for(request.num_tokens)
+            need = self._blocks.blocks_for(request.num_tokens) - num_shared
             if not self._blocks.can_allocate(need + len(self._running)):
                 return
-            del self._waiting[0]
+            del self._waiting[index]
+            if origin is not None:
+                request.block_ids += self._blocks.share(request.id, origin.id, num_shared)
+                request.num_computed = request.num_prompt_tokens - 1
+                request.fork_of = origin.id
             request.block_ids += self._blocks.allocate(request.id, need)
             request.state = RequestState.RUNNING
             insort(self._running, request, key=_age)
             draft.add(request, min(request.num_to_compute, draft.num_tokens_left))
+
+    def _origin(self, request: Request) -> Request | None:
+        """A sibling from which it can take over the prompt, all but its last token: that one gives its own logits.
+
+        Not one that has gone on far: in layers that keep a window, the rows of the prompt may be overwritten by then.
+        """
+        num_common = request.num_prompt_tokens - 1
+        if not self._may_fork(request):
+            return None
+        for other in request.siblings:
+            if (
+                other.state is RequestState.RUNNING
+                and other.is_known_to_ranks
+                and other.num_computed >= num_common
+                and other.num_output_tokens <= self.config.max_batch_tokens
+            ):
+                return other
+        return None
+
+    def _may_fork(self, request: Request) -> bool:
+        """A prompt of one token has nothing to take over; one that is scored has to be computed, every row of it."""
+        is_scored = request.sampling.num_prompt_logprobs is not None
+        return self.config.shares_prompts and request.num_prompt_tokens > 1 and not is_scored
+
+    def _prompt_is_under_way(self, request: Request) -> bool:
+        """A sibling is computing the prompt: it will be there to be taken over."""
+        return self._may_fork(request) and any(
+            other.state is RequestState.RUNNING and other.num_computed < request.num_prompt_tokens - 1
+            for other in request.siblings
+        )
 
     def _own_blocks(self, request: Request) -> bool:
         """Blocks for all its known tokens, if need be from younger requests. False: it has to wait, and keeps its own.
@@ -278,7 +322,8 @@ class Scheduler:
             tokens = tuple(request.token_ids[request.num_sent_tokens :])
             blocks = tuple(request.block_ids[request.num_sent_blocks :])
             if not request.is_known_to_ranks:
-                new.append(NewRequest(request.id, tokens, blocks, request.sampling))
+                new.append(_introduced(request))
+                request.fork_of = None
             elif tokens or blocks:
                 diffs.append(RequestDiff(request.id, tokens, blocks))
             request.num_sent_tokens = len(request.token_ids)
@@ -332,3 +377,15 @@ class Scheduler:
 
 def _age(request: Request) -> int:
     return request.arrival_index
+
+
+def _introduced(request: Request) -> NewRequest:
+    return NewRequest(
+        request_id=request.id,
+        token_ids=tuple(request.token_ids),
+        block_ids=tuple(request.block_ids),
+        sampling=request.sampling,
+        num_output_tokens=request.num_output_tokens,
+        fork_of=request.fork_of,
+        num_computed=request.num_computed,
+    )

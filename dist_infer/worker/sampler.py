@@ -1,5 +1,9 @@
 """One token per row of logits, vectorised over the batch; runs on tp_rank 0 of the last stage.
 
+    raw logits ──> edits (logit_edits) ──> greedy: the likeliest
+        │                              └─> temperature ──> filters ──> draw
+        └──> log-probabilities: of the unmodified distribution
+
 A draw is the inverse of the cumulative distribution at one uniform number, a pure function of (seed, position): the
 same seed gives the same text whatever else is in the batch and however the model is cut.
 """
@@ -10,18 +14,17 @@ from collections.abc import Sequence
 
 import torch
 
+from dist_infer.counter_random import uniform
 from dist_infer.messages import SampledToken, SamplingSpec
+from dist_infer.worker.filters import filtered_probabilities
+from dist_infer.worker.logit_edits import edit
+from dist_infer.worker.token_history import TokenHistory
 from partition.plan_data import SAMPLING_BYTES, SAMPLING_BYTES_PER_LOGIT
 
-_MASK = (1 << 64) - 1
 
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from splitmix64 (Steele et al., 2014) over the pair."""
-    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((state ^ (state >> 31)) >> 11) / float(1 << 53)
+def rows_at_once(vocab: int) -> int:
+    """Rows of logits whose copies, made on the way to a token, stay within SAMPLING_BYTES."""
+    return max(1, SAMPLING_BYTES // (SAMPLING_BYTES_PER_LOGIT * vocab))
 
 
 def sample(
@@ -29,67 +32,91 @@ def sample(
     request_ids: Sequence[str],
     specs: Sequence[SamplingSpec],
     positions: Sequence[int],
+    histories: Sequence[TokenHistory | None] = (),
 ) -> list[SampledToken]:
-    """One SampledToken per row. positions: number of tokens the request has so far, the counter of its draws."""
-    logits = logits.float()
-    greedy = logits.argmax(dim=-1)
-    chosen = greedy
-    if any(spec.temperature > 0 for spec in specs):
-        temperature = torch.tensor([spec.temperature for spec in specs], device=logits.device)
-        drawn = _draw(logits, specs, positions, temperature)
-        chosen = torch.where(temperature > 0, drawn, greedy)
-    tokens = chosen.tolist()
-    wanted = [spec.num_logprobs for spec in specs]
-    if all(count is None for count in wanted):
-        return [SampledToken(request, token) for request, token in zip(request_ids, tokens, strict=True)]
-    logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    most = max(count or 0 for count in wanted)
-    values, indices = logprobs.topk(most, dim=-1) if most else (logprobs[:, :0], logprobs[:, :0].long())
-    top_values, top_ids = values.tolist(), indices.tolist()
-    return [
-        SampledToken(request, token)
-        if count is None
-        else SampledToken(request, token, own[i], tuple(zip(top_ids[i][:count], top_values[i][:count], strict=True)))
-        for i, (request, token, count) in enumerate(zip(request_ids, tokens, wanted, strict=True))
-    ]
+    """One SampledToken per row. positions: number of tokens the request has so far, the counter of its draws.
+
+    histories: of the requests that have one, for each row or none at all.
+    """
+    histories = histories or [None] * len(specs)
+    is_plain = all(spec.temperature == 0 and spec.num_logprobs is None for spec in specs)
+    if is_plain and not any(histories):
+        return [
+            SampledToken(request, token)
+            for request, token in zip(request_ids, logits.float().argmax(dim=-1).tolist(), strict=True)
+        ]
+    tokens: list[SampledToken] = []
+    step = rows_at_once(logits.shape[-1])
+    for start in range(0, len(specs), step):
+        part = slice(start, start + step)
+        raw = logits[part].float()
+        chosen = _choose(raw, specs[part], positions[part], histories[part])
+        tokens += _with_logprobs(raw, chosen, request_ids[part], specs[part])
+    return tokens
 
 
-def _draw(
-    logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int], temperature: torch.Tensor
+def likeliest(logprobs: torch.Tensor, counts: Sequence[int | None]) -> list[tuple[tuple[int, float], ...]]:
+    """For each row of logprobs [B, vocab] its `count` likeliest ids with their values, likeliest first."""
+    most = max(count or 0 for count in counts)
+    if not most:
+        return [()] * len(counts)
+    values, indices = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
+    rows = zip(indices.tolist(), values.tolist(), counts, strict=True)
+    return [tuple(zip(ids[: count or 0], found[: count or 0], strict=True)) for ids, found, count in rows]
+
+
+def _choose(
+    raw: torch.Tensor,
+    specs: Sequence[SamplingSpec],
+    positions: Sequence[int],
+    histories: Sequence[TokenHistory | None],
 ) -> torch.Tensor:
-    """[B] drawn ids, some rows at a time so that the copies made on the way stay within SAMPLING_BYTES."""
-    rows = max(1, SAMPLING_BYTES // (SAMPLING_BYTES_PER_LOGIT * logits.shape[-1]))
-    parts = [
-        _draw_rows(logits[i : i + rows], specs[i : i + rows], positions[i : i + rows], temperature[i : i + rows])
-        for i in range(0, len(specs), rows)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """[B] ids. `raw` stays as it is."""
+    logits = raw
+    if any(history is not None for history in histories):
+        logits = raw.clone()
+        edit(logits, histories)
+    drawing = [row for row, spec in enumerate(specs) if spec.temperature > 0]
+    if len(drawing) == len(specs):
+        return _draw(logits, specs, positions)
+    chosen = logits.argmax(dim=-1)
+    if drawing:
+        rows = torch.tensor(drawing, device=logits.device)
+        chosen[rows] = _draw(logits[rows], [specs[row] for row in drawing], [positions[row] for row in drawing])
+    return chosen
 
 
-def _draw_rows(
-    logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int], temperature: torch.Tensor
-) -> torch.Tensor:
-    """Filters in the usual order: temperature, top_k, top_p."""
-    vocab = logits.shape[-1]
-    scaled = logits / temperature.clamp(min=1e-6)[:, None]
+def _draw(logits: torch.Tensor, specs: Sequence[SamplingSpec], positions: Sequence[int]) -> torch.Tensor:
+    """[B] drawn ids; every temperature is above 0."""
+    temperature = torch.tensor([spec.temperature for spec in specs], device=logits.device)
     # Stable, so that ties fall the same way on every machine and in every batch.
-    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([spec.top_k or vocab for spec in specs], device=logits.device)
-    ranks = torch.arange(vocab, device=logits.device)[None]
-    ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
-    probabilities = ordered.softmax(dim=-1, dtype=torch.float64)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = torch.tensor([spec.top_p for spec in specs], dtype=torch.float64, device=logits.device)
-    # The first token past p is kept: the smallest set whose sum reaches p. The likeliest always stays.
-    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (ranks > 0), 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    point = torch.tensor(
+    ordered, ids = (logits / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+    cumulative = filtered_probabilities(ordered, specs).cumsum_(dim=-1)
+    points = torch.tensor(
         [uniform(spec.seed, position) for spec, position in zip(specs, positions, strict=True)],
         dtype=torch.float64,
         device=logits.device,
     )
+    total = cumulative[:, -1:].contiguous()
     # `right`: the first whose cumulative sum is above the point, so that a token of probability 0 is never drawn.
-    index = torch.searchsorted(cumulative, (point * cumulative[:, -1])[:, None], right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(1, torch.minimum(index, last))[:, 0]
+    index = torch.searchsorted(cumulative, points[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # the first that reaches the sum: all behind it have probability 0
+    index = torch.minimum(index, last).clamp_(max=ids.shape[1] - 1)
+    return ids.gather(1, index)[:, 0]
+
+
+def _with_logprobs(
+    raw: torch.Tensor, chosen: torch.Tensor, request_ids: Sequence[str], specs: Sequence[SamplingSpec]
+) -> list[SampledToken]:
+    tokens = chosen.tolist()
+    counts = [spec.num_logprobs for spec in specs]
+    if all(count is None for count in counts):
+        return [SampledToken(request, token) for request, token in zip(request_ids, tokens, strict=True)]
+    logprobs = raw.log_softmax(dim=-1)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    return [
+        SampledToken(request, token) if count is None else SampledToken(request, token, logprob, top)
+        for request, token, count, logprob, top in zip(
+            request_ids, tokens, counts, own, likeliest(logprobs, counts), strict=True
+        )
+    ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dist_infer.engine.detokenizer import REPLACEMENT, Detokenizer
+from dist_infer.engine.detokenizer import REPLACEMENT, Detokenizer, TokenKinds
 
 
 def bytes_decode(ids: Sequence[int]) -> str:
@@ -67,6 +67,43 @@ def test_byte_fallback_runs_and_stripped_blanks(answer: str, words: list[int]) -
     detokenizer = Detokenizer(fallback_decode, [1002])
     pieces = [detokenizer.push([token]) for token in ids]
     assert "".join(pieces) + detokenizer.flush() == fallback_decode([1002, *ids])[1:]
+
+
+@given(st.lists(st.sampled_from([0xE4, 0xBD, 0xA0, 0xFF, ord("a"), 1001, 1002, 1003, 1004]), max_size=60))
+@example([0xFF, *"你".encode() * 30, 1002])
+@example([*"你".encode() * 30, 0xFF])
+def test_a_bad_byte_spoils_its_whole_row(answer: list[int]) -> None:
+    """Characters shown before the bad byte came could not be taken back: a row of byte tokens waits for its end."""
+    kinds = TokenKinds(silent=frozenset({1004}), byte_values={byte: byte for byte in range(256)})
+    detokenizer = Detokenizer(fallback_decode, [1002], kinds)
+    pieces = [detokenizer.push([token]) for token in answer]
+    assert "".join(pieces) + detokenizer.flush() == fallback_decode([1002, *(t for t in answer if t != 1004)])[1:]
+
+
+def test_without_knowing_the_bytes_a_long_broken_row_stays_broken() -> None:
+    """A window cut inside the row would find characters in what is left of it."""
+    row = [0xFF, *"你".encode() * 30]
+    detokenizer = Detokenizer(fallback_decode, [1002])
+    pieces = [detokenizer.push([byte]) for byte in row]
+    assert "".join(pieces) + detokenizer.flush() == REPLACEMENT * len(row)
+
+
+def test_a_row_of_bytes_is_given_when_it_ends_or_breaks() -> None:
+    kinds = TokenKinds(byte_values={byte: byte for byte in range(256)})
+    detokenizer = Detokenizer(fallback_decode, [1002], kinds)
+    assert [detokenizer.push([token]) for token in (*"é".encode(), 1002, 0x61, 0xFF, 0x61)] == [
+        "", "", "éx", "", REPLACEMENT * 2, REPLACEMENT
+    ]  # fmt: skip
+
+
+def test_an_answer_may_go_on_with_the_row_of_bytes_its_prompt_ends_with() -> None:
+    """Its first byte may complete a character of the prompt, or break the row."""
+    kinds = TokenKinds(byte_values={byte: byte for byte in range(256)})
+    prompt = [1002, *"你".encode() * 12]
+    detokenizer = Detokenizer(fallback_decode, prompt[:-1], kinds)
+    assert [detokenizer.push([token]) for token in (prompt[-1], ord("a"), 1002)] == ["", "", "你ax"]
+    detokenizer = Detokenizer(fallback_decode, prompt, kinds)
+    assert [detokenizer.push([token]) for token in (ord("a"), 1002)] == ["", "ax"]
 
 
 def test_prompt_tail_does_not_begin_inside_a_character() -> None:

@@ -74,3 +74,62 @@ def test_any_order_of_allocations_conserves_blocks(calls: list[tuple[str, int]])
     for owner in "abcdef":
         blocks.free(owner)
     assert blocks.allocate("all", 16) == list(range(16))
+
+
+def test_a_shared_block_is_free_when_its_last_owner_is_gone() -> None:
+    blocks = KVBlockManager(num_blocks=6, block_tokens=4)
+    blocks.allocate("a", 3)
+    assert blocks.share("b", "a", 2) == [0, 1]
+    assert blocks.share("c", "b", 2) == [0, 1]  # of a sharer, too
+    assert blocks.allocate("b", 1) == [3]
+    assert blocks.num_free == 2
+    for owner, num_free in [("a", 3), ("c", 3), ("b", 6)]:
+        blocks.free(owner)
+        blocks.integrity()
+        assert blocks.num_free == num_free
+    assert blocks.allocate("all", 6) == list(range(6))
+
+
+def test_only_what_is_there_is_shared_and_only_at_the_beginning() -> None:
+    blocks = KVBlockManager(num_blocks=6, block_tokens=4)
+    blocks.allocate("a", 2)
+    for owner, origin, count in [("b", "a", 3), ("b", "nobody", 1), ("a", "a", 1)]:
+        with pytest.raises(RuntimeError, match="cannot be shared"):
+            blocks.share(owner, origin, count)
+    blocks.integrity()
+
+
+def test_integrity_sees_a_lost_count_of_owners() -> None:
+    blocks = KVBlockManager(num_blocks=3, block_tokens=4)
+    blocks.allocate("a", 2)
+    blocks.share("b", "a", 2)
+    del blocks._num_more_owners[1]
+    with pytest.raises(RuntimeError, match="more owners"):
+        blocks.integrity()
+
+
+_SHARES = st.tuples(st.sampled_from("abcdef"), st.integers(0, 5), st.sampled_from("abcdef") | st.none())
+
+
+@given(st.lists(_SHARES, max_size=80))
+def test_any_order_of_allocations_shares_and_frees_conserves_blocks(calls: list[tuple[str, int, str | None]]) -> None:
+    """With an origin: share. No block is lost, none free while owned, and each owner keeps exactly its own."""
+    blocks = KVBlockManager(num_blocks=12, block_tokens=1)
+    held: dict[str, list[int]] = {}
+    for owner, count, origin in calls:
+        if origin is not None:
+            if owner not in held and len(held.get(origin, ())) >= count:
+                held[owner] = blocks.share(owner, origin, count)
+        elif count == 0:
+            blocks.free(owner)
+            held.pop(owner, None)
+        elif blocks.can_allocate(count):
+            taken = blocks.allocate(owner, count)
+            assert not {block for other in held.values() for block in other} & set(taken)
+            held[owner] = held.get(owner, []) + taken
+        blocks.integrity()
+        assert {name: list(own) for name, own in blocks.owners().items()} == held
+        assert blocks.num_free + len({block for own in held.values() for block in own}) == 12
+    for owner in "abcdef":
+        blocks.free(owner)
+    assert blocks.allocate("all", 12) == list(range(12))

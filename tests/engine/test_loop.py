@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from dist_infer.counter_random import sample_seed
 from dist_infer.engine.fake_executor import FakeExecutor
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
-from dist_infer.messages import SamplingSpec
+from dist_infer.messages import SampledToken, SamplingSpec
 from dist_infer.outputs import CompletionOutput, Event, Failed, Finished, TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ClusterError, ConfigError
@@ -88,6 +89,7 @@ class Engine:
         hang_at_step: int | None = None,
         step_timeout_s: float = WAIT_S,
         clock: Callable[[], float] | None = None,
+        encode: Callable[[str], Sequence[int]] | None = None,
         start: bool = True,
     ) -> EngineLoop:
         config = SchedulerConfig(
@@ -114,6 +116,7 @@ class Engine:
             vocab_size=256,
             eos_token_ids=[EOS],
             step_timeout_s=step_timeout_s,
+            encode=encode,
             **({} if clock is None else {"clock": clock}),
         )
         if start:
@@ -292,6 +295,8 @@ def test_id_in_use_and_prompts_that_cannot_run_are_refused_before_anything_happe
         ("b", [1] * 300, SamplingParams(), "max_model_len is 200"),
         ("b", [1] * 30, SamplingParams(max_tokens=60), "need 23 KV blocks of 4 tokens, but there are 10"),
         ("b", [1], SamplingParams(stop_token_ids=[256]), "stop_token_ids"),
+        ("b", [1], SamplingParams(logit_bias={256: 1.0}), "logit_bias token ids"),
+        ("b", [1], SamplingParams(bad_words="x"), "bad_words need a tokenizer"),
     ]:
         with pytest.raises(ConfigError, match=message):
             loop.submit(name, prompt, None, params, other)
@@ -471,3 +476,165 @@ def test_engine_needs_no_torch_ray_or_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- several answers, and what is told of the prompt
+
+
+def family(loop: EngineLoop, name: str, prompt: str = "Q: what?", **params: object) -> Client:
+    client = Client()
+    loop.submit(name, list(prompt.encode()), prompt, SamplingParams(**params), client)  # type: ignore[arg-type]
+    return client
+
+
+def outputs(client: Client) -> list[CompletionOutput]:
+    """Checked against the events: each answer's are its own, in order."""
+    end = client.end()
+    assert isinstance(end, Finished)
+    answers = end.output.outputs
+    assert [answer.index for answer in answers] == list(range(len(answers)))
+    for answer in answers:
+        events = [event for event in client.events if isinstance(event, TokenEvent) and event.index == answer.index]
+        assert "".join(event.text for event in events) == answer.text
+        assert [token for event in events for token in event.token_ids] == answer.token_ids
+    return answers
+
+
+@pytest.mark.parametrize("num_kv_blocks", [64, 9])
+def test_n_answers_are_n_requests_with_their_own_seeds(engine: Engine, num_kv_blocks: int) -> None:
+    """Whatever is shared or preempted: answer i is that of a request with seed i, and there is one end."""
+    loop = engine(num_kv_blocks=num_kv_blocks)
+    params = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+    answers = outputs(family(loop, "a", n=5, seed=11, **params))
+    assert (loop.stats.num_preemptions > 0) == (num_kv_blocks == 9)
+    assert len({tuple(answer.token_ids) for answer in answers}) == 5
+    for index, answer in enumerate(answers):
+        (alone,) = outputs(family(engine(), "b", seed=sample_seed(11, index), **params))
+        assert (alone.token_ids, alone.text) == (answer.token_ids, answer.text)
+    assert (loop.stats.num_finished, loop.stats.num_prompt_tokens) == (1, 8)
+
+
+def test_a_prompt_is_computed_once_for_n_answers(engine: Engine) -> None:
+    loop = engine(max_steps_in_flight=1)
+    outputs(family(loop, "a", n=4, max_tokens=3, ignore_eos=True))
+    assert sum(plan.num_tokens for plan in engine.executor.plans) == 8 + 3 + 4 * 2
+
+
+def test_answers_end_each_on_its_own_and_the_request_with_the_last(engine: Engine) -> None:
+    """The second answer stops at once, the others go on to their length."""
+
+    def next_token(ids: Sequence[int], sampling: SamplingSpec) -> int:
+        return EOS if sampling.seed == sample_seed(3, 1) else ord("x")
+
+    answers = outputs(family(engine(next_token=next_token), "a", n=3, seed=3, temperature=1.0, max_tokens=6))
+    assert [(answer.text, answer.finish_reason) for answer in answers] == [
+        ("xxxxxx", "length"),
+        ("", "stop"),
+        ("xxxxxx", "length"),
+    ]
+
+
+class Ranking:
+    """Tokens by seed, and log-probabilities that make answer 2 the best for each token, answer 0 the next."""
+
+    def __init__(self) -> None:
+        self.of_seed = {sample_seed(5, index): index for index in range(3)}
+
+    def __call__(self, ids: Sequence[int], sampling: SamplingSpec) -> int:
+        return ord("abc"[self.of_seed[sampling.seed]])
+
+
+def test_best_of_gives_the_likeliest_for_each_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is given before it is known; the longest is not the worst for being long."""
+    ranking, sample = Ranking(), FakeExecutor._sample
+
+    def ranked(self: FakeExecutor, request_id: str) -> SampledToken:
+        token = sample(self, request_id)
+        is_last = token.token_id == ord("b") and len(self._known[request_id].token_ids) == 9
+        token_id = EOS if is_last else token.token_id
+        return SampledToken(request_id, token_id, {"a": -2.0, "b": -3.0, "c": -1.0}[chr(token.token_id)])
+
+    monkeypatch.setattr(FakeExecutor, "_sample", ranked)
+    client = family(engine(next_token=ranking), "a", n=2, best_of=3, seed=5, temperature=1.0, max_tokens=4)
+    answers = outputs(client)
+    assert [answer.text for answer in answers] == ["cccc", "aaaa"]
+    assert [answer.cumulative_logprob for answer in answers] == [-4.0, -8.0]
+    assert [answer.logprobs for answer in answers] == [None, None]
+    assert len(client.events) == 3
+
+
+def test_an_abort_ends_all_answers_once(engine: Engine) -> None:
+    loop = engine(next_token=lambda ids, sampling: ord("x"))
+
+    def abort_late(event: Event) -> None:
+        if isinstance(event, TokenEvent) and len(client.events) == 7:
+            loop.abort("a")
+
+    client = Client(abort_late)
+    loop.submit("a", [1, 2, 3], None, SamplingParams(n=3, max_tokens=150), client)
+    answers = outputs(client)
+    assert {answer.finish_reason for answer in answers} == {"abort"}
+    assert sum(len(answer.token_ids) for answer in answers) >= 7
+    assert loop.stats.num_aborted == 1
+
+
+def test_an_answer_that_fails_fails_its_request_alone(engine: Engine) -> None:
+    loop = engine()
+
+    def broken(event: Event) -> None:
+        if isinstance(event, TokenEvent) and event.index == 2:
+            raise ValueError("no third answer, please")
+
+    client, other = Client(broken), Client()
+    with loop.together():
+        loop.submit("a", [1, 2, 3, 4, 5], None, SamplingParams(n=3, max_tokens=50, ignore_eos=True), client)
+        loop.submit("b", [1, 2, 3], None, SamplingParams(n=2, max_tokens=20, ignore_eos=True), other)
+    assert "no third answer" in str(client.error())
+    assert [len(answer.token_ids) for answer in outputs(other)] == [20, 20]
+
+
+def test_stops_wait_for_min_tokens(engine: Engine) -> None:
+    """Neither string nor id ends it before; text from before is not searched, nor held back."""
+    loop = engine(next_token=says("ab.ab.ab."))
+    answer = ask(loop, "a", min_tokens=4, stop=["b."]).answer()
+    assert (answer.text, answer.stop_reason) == ("ab.a", "b.")
+    answer = ask(loop, "b", min_tokens=3, stop_token_ids=[ord(".")]).answer()
+    assert (answer.text, answer.stop_reason) == ("ab.ab", ord("."))
+    assert engine.executor.plans[0].new[0].sampling.held_back == (EOS,)
+
+
+def test_bad_words_reach_the_ranks_as_token_ids(engine: Engine) -> None:
+    loop = engine(encode=lambda text: list(text.encode()))
+    ask(loop, "a", max_tokens=1, bad_words=["no"]).answer()
+    assert engine.executor.plans[0].new[0].sampling.bad_words == ((110, 111), (32, 110, 111))
+    wide = engine(encode=lambda text: [300])
+    with pytest.raises(ConfigError, match="token ids of bad_words"):
+        ask(wide, "a", bad_words=["no"])
+
+
+@pytest.mark.parametrize("num_kv_blocks", [64, 9])
+def test_prompt_logprobs_are_of_every_token_but_the_first(engine: Engine, num_kv_blocks: int) -> None:
+    """Over several chunks and steps, beside others, and when the prompt is computed again after a preemption."""
+    loop = engine(num_kv_blocks=num_kv_blocks)
+    text = "a prompt of 20 chars"
+    with loop.together():
+        others = [ask(loop, f"other{index}", "Q: w?", max_tokens=12, ignore_eos=True) for index in range(2)]
+        client = family(loop, "a", text, n=2, prompt_logprobs=1, max_tokens=10, ignore_eos=True)
+    end = client.end()
+    assert isinstance(end, Finished)
+    found = end.output.prompt_logprobs
+    assert found is not None
+    assert found[0] is None
+    for at, (byte, entry) in enumerate(zip(text.encode(), found, strict=True)):
+        if entry is not None:
+            assert next(iter(entry)) == byte
+            assert (entry[byte].decoded_token, entry[byte].logprob) == (chr(byte), -at)
+    assert sum(entry is None for entry in found) == 1
+    assert all(isinstance(other.end(), Finished) for other in others)
+    assert (loop.stats.num_preemptions > 0) == (num_kv_blocks == 9)
+
+
+def test_no_prompt_logprobs_unless_asked(engine: Engine) -> None:
+    end = ask(engine(), "a", max_tokens=2).end()
+    assert isinstance(end, Finished)
+    assert end.output.prompt_logprobs is None

@@ -9,9 +9,9 @@ import pytest
 from dist_infer.engine.fake_executor import FakeExecutor
 from dist_infer.engine.request import Request, RequestState
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
-from dist_infer.messages import Chunk, SampledToken, StepPlan, StepResult
+from dist_infer.messages import Chunk, NewRequest, SampledToken, SamplingSpec, StepPlan, StepResult
 from dist_infer.sampling_params import SamplingParams
-from partition.errors import ClusterError, ConfigError
+from partition.errors import ClusterError, ConfigError, WorkerError
 
 
 def make_scheduler(**changes: int) -> Scheduler:
@@ -318,3 +318,113 @@ def test_fake_executor_refuses_what_a_rank_would(changes: dict[str, Any], messag
     assert second is not None
     with pytest.raises(ClusterError, match=message):
         executor.submit(corrupt(second, **changes))
+
+
+# ---- several answers to one prompt
+
+
+def make_family(num_answers: int, num_prompt: int, max_tokens: int = 4) -> list[Request]:
+    family = [make_request(f"a{index}", num_prompt, max_tokens) for index in range(num_answers)]
+    for request in family:
+        request.siblings = tuple(family)
+    return family
+
+
+def computed(plan: StepPlan) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for chunk in (chunk for batch in plan.micro_batches for chunk in batch):
+        found[chunk.request_id] = found.get(chunk.request_id, 0) + chunk.num_tokens
+    return found
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers() -> None:
+    """21 tokens: 5 full blocks are shared, the 20 tokens before the last are taken over, that one gives the logits."""
+    scheduler = make_scheduler()
+    for request in make_family(3, 21):
+        scheduler.add(request)
+    plans = [step(scheduler) for _ in range(3)]
+    assert [computed(plan) for plan in plans] == [{"a0": 16}, {"a0": 5}, {"a0": 1, "a1": 1, "a2": 1}]
+    for new in plans[2].new:
+        assert (new.fork_of, new.num_computed, new.num_output_tokens) == ("a0", 20, 0)
+        assert new.block_ids[:5] == plans[0].new[0].block_ids[:5]
+    blocks = [new.block_ids[5] for new in plans[2].new] + [plans[0].new[0].block_ids[5]]
+    assert len(set(blocks)) == 3
+    assert scheduler.num_free_blocks == 100 - 5 - 3
+    scheduler.integrity()
+
+
+def test_whoever_is_behind_a_waiting_sibling_goes_first() -> None:
+    scheduler = make_scheduler(max_batch_tokens=4, max_micro_batches=2)
+    for request in make_family(2, 10):
+        scheduler.add(request)
+    scheduler.add(make_request("other", 2))
+    assert computed(step(scheduler)) == {"a0": 8}
+    assert computed(step(scheduler)) == {"a0": 2, "other": 2}
+    assert computed(step(scheduler)) == {"a0": 1, "other": 1, "a1": 1}
+
+
+def test_an_answer_whose_siblings_are_gone_computes_the_prompt_itself() -> None:
+    scheduler = make_scheduler(max_requests=1)
+    first, second, third = make_family(3, 6)
+    for request in (first, second, third):
+        scheduler.add(request)
+    step(scheduler)
+    scheduler.finish(first)
+    plan = step(scheduler)
+    assert computed(plan) == {"a1": 6}
+    assert plan.new[0].fork_of is None
+    scheduler.abort("a1")
+    assert computed(step(scheduler)) == {"a2": 6}
+
+
+def test_a_preempted_answer_is_put_back_with_what_it_has() -> None:
+    """Blocks run out: the youngest goes, and comes back as a fork of one that is still there, or alone."""
+    scheduler = make_scheduler(num_kv_blocks=7, block_tokens=2, max_batch_tokens=20)
+    family = make_family(2, 5, max_tokens=9)
+    for request in family:
+        scheduler.add(request)
+    while family[1].num_preemptions == 0:
+        step(scheduler)
+        scheduler.integrity()
+    num_outputs = family[1].num_output_tokens
+    assert num_outputs > 0
+    while family[0].num_tokens < family[0].token_limit:
+        step(scheduler)
+    scheduler.finish(family[0])
+    (new,) = step(scheduler).new
+    assert (new.request_id, new.num_output_tokens, new.fork_of) == ("a1", num_outputs, None)
+
+
+def test_an_origin_that_went_on_far_is_none() -> None:
+    """Layers that keep a window may have overwritten the prompt by then: the answer computes it itself."""
+    scheduler = make_scheduler(max_batch_tokens=4, max_micro_batches=2, max_requests=2)
+    family = make_family(3, 6, max_tokens=20)
+    for request in family:
+        scheduler.add(request)
+    for _ in range(7):
+        step(scheduler)
+    scheduler.finish(family[1])
+    assert family[0].num_output_tokens > 4
+    assert computed(step(scheduler)) == {"a0": 1, "a2": 6}
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share() -> None:
+    scheduler = make_scheduler()
+    for request in make_family(2, 1):
+        scheduler.add(request)
+    assert computed(step(scheduler)) == {"a0": 1, "a1": 1}
+
+
+def test_caches_that_cannot_be_taken_over_are_not() -> None:
+    """Recurrent states know no position to go back to: each answer computes the prompt."""
+    scheduler = make_scheduler(shares_prompts=False)
+    for request in make_family(2, 6):
+        scheduler.add(request)
+    assert computed(step(scheduler)) == {"a0": 6, "a1": 6}
+
+
+def test_ranks_refuse_a_fork_of_what_they_do_not_know() -> None:
+    executor = FakeExecutor(num_kv_blocks=4, block_tokens=2)
+    new = NewRequest("b", (1, 2, 3), (0, 1), SamplingSpec(), fork_of="a", num_computed=2)
+    with pytest.raises(WorkerError, match="is a fork of 'a', not known that far"):
+        executor.submit(StepPlan(0, ((Chunk("b", 2, 1, True),),), new=(new,)))

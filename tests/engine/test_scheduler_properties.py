@@ -69,6 +69,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live[name] = request
         self.num_added += 1
 
+    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 12), num_answers=st.integers(2, 5))
+    def arrive_as_a_family(self, num_prompt: int, max_tokens: int, num_answers: int) -> None:
+        """Several answers to one prompt: they share what they can, and each is that of its solo run."""
+        first = self.num_added
+        prompt = tuple(1 + (7 * first + index) % (VOCAB - 1) for index in range(num_prompt))
+        params = [SamplingParams(max_tokens=max_tokens, temperature=1, seed=seed) for seed in range(num_answers)]
+        family = [
+            Request(id=f"r{first + index}", prompt_token_ids=prompt, params=own, sampling=own.spec(index))
+            for index, own in enumerate(params)
+        ]
+        for request in family:
+            request.siblings = tuple(family)
+        for request in family:
+            try:
+                self.scheduler.add(request)
+            except ConfigError:
+                return
+            self.live[request.id] = request
+            self.num_added += 1
+
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

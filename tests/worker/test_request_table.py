@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_infer.messages import Chunk, NewRequest, RequestDiff, SamplingSpec, StepPlan
-from dist_infer.worker.request_table import MicroBatch, RequestTable
+from dist_infer.worker.request_table import ForkCopies, MicroBatch, RequestTable
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -102,6 +102,26 @@ def test_a_finished_request_may_come_again_in_the_same_step() -> None:
     assert len(found) == 0
 
 
+def test_a_request_has_the_smallest_ring_that_is_free_until_it_goes() -> None:
+    """The rule is the same on every rank, so that a request's rows are in one ring everywhere."""
+    found = RequestTable(BLOCK, 10, CPU, num_slots=3)
+    found.apply(StepPlan(0, (), new=(new("a", 6, 0, 1), new("b", 2, 2), new("c", 2, 3))))
+    with pytest.raises(RuntimeError, match="request d: all 3 KV rings are in use"):
+        found.apply(StepPlan(1, (), new=(new("d", 2, 4),)))
+    found = RequestTable(BLOCK, 10, CPU, num_slots=3)
+    found.apply(StepPlan(0, (), new=(new("a", 6, 0, 1), new("b", 2, 2), new("c", 2, 3))))
+    batch = run(found, plan(1, Chunk("c", 0, 2, True), Chunk("a", 0, 6, True)))
+    assert [span.slot for span in batch.view.spans] == [2, 0]
+    assert batch.view.ring_places is not None
+    assert batch.view.ring_places.tolist() == [[2] * 2 + [0] * 6, [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert batch.view.write_rows(10).tolist() == [20, 21, 0, 1, 2, 3, 4, 5]
+    # a preempted request begins again, in the ring that is free by then
+    batch = run(found, plan(2, Chunk("a", 0, 6, True), new=(new("d", 2, 4), new("a", 6, 0, 1)), finished=("c", "a")))
+    assert [span.slot for span in batch.view.spans] == [2]
+    batch = run(found, plan(3, Chunk("d", 0, 2, True)))
+    assert [span.slot for span in batch.view.spans] == [0]
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -131,3 +151,46 @@ def test_the_first_step_may_have_any_number() -> None:
     found.apply(StepPlan(8, ()))
     with pytest.raises(RuntimeError, match="step 10 after step 8"):
         found.apply(StepPlan(10, ()))
+
+
+def fork(name: str, origin: str, num_tokens: int, num_computed: int, *blocks: int) -> NewRequest:
+    return NewRequest(
+        name, tuple(range(100, 100 + num_tokens)), blocks, SamplingSpec(), fork_of=origin, num_computed=num_computed
+    )
+
+
+def test_a_fork_copies_the_rows_of_a_block_that_is_not_full() -> None:
+    """Tokens 0-3 lie in the shared block 2, tokens 4 and 5 in each one's own."""
+    found = table()
+    run(found, plan(0, Chunk("a", 0, 7, True), new=(new("a", 7, 2, 3),)))
+    forked = fork("b", "a", 7, 6, 2, 8)
+    batch = run(found, plan(1, Chunk("b", 6, 1, True), new=(forked,)))
+    assert found.fork(forked) == ForkCopies((slice(12, 14), slice(32, 34)), None)
+    assert batch.view.write_positions.tolist() == [34]
+    assert batch.view.spans[0].positions.tolist() == [8, 9, 10, 11, 32, 33, 34]
+
+
+def test_a_fork_at_the_border_of_a_block_copies_no_row_and_one_with_rings_a_ring() -> None:
+    found = RequestTable(BLOCK, 10, CPU, num_slots=2)
+    run(found, plan(0, Chunk("a", 0, 5, True), new=(new("a", 5, 2, 3),)))
+    forked = fork("b", "a", 5, 4, 2, 8)
+    run(found, plan(1, Chunk("b", 4, 1, True), new=(forked,)))
+    assert found.fork(forked) == ForkCopies(None, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("forked", "message"),
+    [
+        (fork("b", "gone", 7, 6, 2, 8), "not known that far"),
+        (fork("b", "b", 7, 6, 2, 8), "not known that far"),
+        (fork("b", "a", 8, 7, 2, 8), "not known that far"),
+        (fork("b", "a", 7, 6, 5, 8), "does not share the blocks"),
+    ],
+)
+def test_a_fork_that_cannot_be_is_an_error(forked: NewRequest, message: str) -> None:
+    """It would answer from rows of another request, or from rows that nobody has written."""
+    found = table()
+    run(found, plan(0, Chunk("a", 0, 6, True), new=(new("a", 7, 2, 3),)))
+    found.apply(plan(1, new=(forked,)))
+    with pytest.raises(RuntimeError, match=message):
+        found.fork(forked)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.logits_process import TypicalLogitsWarper
 
+from dist_infer.counter_random import sample_seed, uniform
 from dist_infer.messages import SampledToken, SamplingSpec
-from dist_infer.worker.sampler import sample, uniform
+from dist_infer.worker import sampler
+from dist_infer.worker.sampler import sample
+from dist_infer.worker.token_history import TokenHistory
 
 CHI_SQUARE_999 = {2: 13.82, 3: 16.27, 4: 18.47, 7: 24.32}  # exceeded by chance once in a thousand
 
@@ -202,3 +209,112 @@ def test_each_request_gets_the_logprobs_it_asked_for() -> None:
     assert own.top_logprobs == ()
     assert len(two.top_logprobs) == 2
     assert [token.request_id for token in (none, own, two)] == ["a", "b", "c"]
+
+
+# ---- the newer options, end to end
+
+
+def test_typical_draws_follow_the_renormalised_rest() -> None:
+    """What typical_p keeps need not be the likeliest: the draw goes over gaps of probability 0."""
+    logits = [math.log(p) for p in (0.5, 0.15, 0.15, 0.1, 0.05, 0.05)]
+    kept = TypicalLogitsWarper(0.25)(torch.zeros(1, 1), torch.tensor([logits]))[0].softmax(-1)
+    assert kept[0] == 0  # the likeliest is too likely to be typical
+    num = 4000
+    found = torch.bincount(torch.tensor(draws(logits, SamplingSpec(temperature=1.0, typical_p=0.25, seed=2), num)))
+    found = torch.nn.functional.pad(found, (0, 6 - len(found)))
+    used = kept > 0
+    assert not found[~used].any()
+    chi_square = float(((found - kept * num) ** 2 / (kept * num))[used].sum())
+    assert chi_square < {2: 10.83, 3: 13.82, 4: 16.27}[int(used.sum())]
+
+
+def test_min_p_draws_follow_the_renormalised_rest() -> None:
+    logits = [math.log(p) for p in (0.4, 0.3, 0.2, 0.06, 0.04)]
+    num = 4000
+    found = torch.bincount(torch.tensor(draws(logits, SamplingSpec(temperature=1.0, min_p=0.4, seed=3), num)))
+    expected = torch.tensor([0.4, 0.3, 0.2]) / 0.9 * num
+    assert len(found) == 3
+    assert float(((found - expected) ** 2 / expected).sum()) < CHI_SQUARE_999[2]
+
+
+def test_slices_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are worked on some at a time, to stay within the plan's memory: specs and histories must go along."""
+    torch.manual_seed(3)
+    logits = torch.randn(9, 40)
+    specs = [
+        SamplingSpec(temperature=i % 3, seed=i, num_logprobs=i % 4 or None, presence_penalty=i % 2, top_k=5 * (i % 2))
+        for i in range(9)
+    ]
+    histories = [TokenHistory(spec, [1, 2, i, i], 2) if i % 2 else None for i, spec in enumerate(specs)]
+    names = [f"r{i}" for i in range(9)]
+    whole = sample(logits, names, specs, range(9), histories)
+    monkeypatch.setattr(sampler, "SAMPLING_BYTES", 2 * 40 * sampler.SAMPLING_BYTES_PER_LOGIT)
+    assert sampler.rows_at_once(40) == 2
+    cut = sample(logits, names, specs, range(9), histories)
+    assert [(t.request_id, t.token_id, [i for i, _ in t.top_logprobs]) for t in cut] == [
+        (t.request_id, t.token_id, [i for i, _ in t.top_logprobs]) for t in whole
+    ]
+
+
+def test_a_row_where_all_is_forbidden_still_gives_an_id() -> None:
+    """A vocabulary of bad words has no answer; the engine must live on."""
+    for temperature in (0.0, 1.0):
+        spec = SamplingSpec(temperature=temperature, bad_words=((0,), (1,), (2,)), typical_p=0.5, top_p=0.5)
+        (token,) = sample(torch.zeros(1, 3), ["r"], [spec], [1], [TokenHistory(spec, [0], 0)])
+        assert token.token_id in (0, 1, 2)
+
+
+# ---- seeds of several answers
+
+
+def test_the_first_answer_has_the_seed_itself_and_the_others_their_own() -> None:
+    assert [sample_seed(seed, 0) for seed in (0, 7, -1)] == [0, 7, 2**63 - 1]
+    seeds = [sample_seed(seed, index) for seed in range(200) for index in range(20)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_draws_of_one_requests_answers_are_independent() -> None:
+    """Answer 1 of seed s must not be answer 0 of a seed nearby: pairs of draws fill the square evenly."""
+    num = 4000
+    cells = [
+        4 * int(4 * uniform(sample_seed(seed, 0), position)) + int(4 * uniform(sample_seed(seed, 1), position))
+        for seed in range(40)
+        for position in range(num // 40)
+    ]
+    found = torch.bincount(torch.tensor(cells), minlength=16)
+    assert float(((found - num / 16) ** 2 / (num / 16)).sum()) < 37.70  # 15 degrees, once in a thousand
+
+
+def test_copies_on_the_way_stay_within_the_bytes_that_the_plan_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every option on: what this allocates and has not yet let go, at its highest, for each logit of a slice."""
+    live = highest = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal live, highest
+            inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            found = function(*args, **(kwargs or {}))
+            for tensor in found if isinstance(found, tuple) else (found,):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                    num_bytes = tensor.untyped_storage().nbytes()
+                    live += num_bytes
+                    weakref.finalize(tensor.untyped_storage(), release, num_bytes)
+            highest = max(highest, live)
+            return found
+
+    def release(num_bytes: int) -> None:
+        nonlocal live
+        live -= num_bytes
+
+    vocab, rows = 20000, 8
+    options = {"top_k": 9000, "top_p": 0.99, "min_p": 1e-6, "typical_p": 0.9, "repetition_penalty": 1.1}
+    spec = SamplingSpec(temperature=1.0, num_logprobs=5, **options)
+    histories = [TokenHistory(spec, list(range(50)), 20) for _ in range(rows)]
+    torch.manual_seed(0)
+    logits = torch.randn(rows, vocab).bfloat16()
+    monkeypatch.setattr(sampler, "SAMPLING_BYTES", rows * vocab * sampler.SAMPLING_BYTES_PER_LOGIT)
+    with Counting():
+        sample(logits, ["r"] * rows, [spec] * rows, range(rows), histories)
+    per_logit = highest / (rows * vocab)
+    assert 40 < per_logit <= sampler.SAMPLING_BYTES_PER_LOGIT - 16, per_logit  # a GPU's sort takes 16 more
