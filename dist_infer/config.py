@@ -6,69 +6,19 @@ Each section belongs to the part that reads it; only `load_config`'s callers eve
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from dist_infer.sampling_params import SamplingParams
+from dist_infer.config_errors import explain
+from dist_infer.config_types import AutoCount, AutoSeconds, AutoSize, Count, ReaderKind, Seconds, Section
+from dist_infer.generate_config import GenerateConfig
 from partition.errors import ConfigError
-from partition.sizes import parse_size
 from partition.yaml_loader import parse_yaml
-
-_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|min|h|)\s*$")
-_MAX_SECONDS = 1e6  # poll() of the system counts milliseconds in 31 bits
-_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
-
-# The schema tells editors what people may write, not what the fields keep.
-_AUTO: dict[str, Any] = {"const": "auto", "type": "string"}
-_SIZES: list[dict[str, Any]] = [
-    {"type": "integer", "minimum": 0},
-    {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([KMGTkmgt]?i?[Bb])?\s*$"},
-]
-_TIMES: list[dict[str, Any]] = [
-    {"type": "number", "exclusiveMinimum": 0, "maximum": _MAX_SECONDS},
-    {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(ms|s|min|h)?\s*$"},
-]
-_SIZE_FORMAT, _TIME_FORMAT = "size, e.g. '512 MiB'", "time, e.g. '30 s'"
-
-
-def _size(value: Any) -> Any:
-    return value if value == "auto" else parse_size(value)
-
-
-def _duration(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        found = _DURATION.match(value)
-        if found is None:
-            raise ConfigError(f"{value!r} is not a time: write e.g. '30 s', '2 min'")
-        return float(found[1]) * _SECONDS[found[2]]
-    return value
-
-
-Auto = Literal["auto"]
-AutoSize = Annotated[
-    int | Auto, BeforeValidator(_size), WithJsonSchema({"anyOf": [*_SIZES, _AUTO], "format": _SIZE_FORMAT})
-]
-_Positive = Annotated[float, Field(gt=0, le=_MAX_SECONDS)]
-Seconds = Annotated[_Positive, BeforeValidator(_duration), WithJsonSchema({"anyOf": _TIMES, "format": _TIME_FORMAT})]
-AutoSeconds = Annotated[
-    _Positive | Auto, BeforeValidator(_duration), WithJsonSchema({"anyOf": [*_TIMES, _AUTO], "format": _TIME_FORMAT})
-]
-Count = Annotated[int, Field(ge=1)]
-ReaderKind = Literal["auto", "threads", "aio", "deepspeed"]
-AutoCount = Annotated[int, Field(ge=1)] | Auto
-
-
-class Section(BaseModel):
-    """A part of the run file: frozen, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelConfig(Section):
@@ -198,55 +148,6 @@ class ClusterConfig(Section):
         return self
 
 
-class Message(Section):
-    """One chat message."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class GenerateConfig(Section):
-    """Answer the prompts of the file, print the answers as they come, then a table; exit."""
-
-    kind: Literal["generate"]
-    prompts: list[Annotated[str, Field(min_length=1)] | Annotated[list[Message], Field(min_length=1)]] = Field(
-        description="Texts, or lists of {role, content} messages.", min_length=1
-    )
-    chat: bool = Field(True, description="Put a text into the model's chat template as a user message; false: as is.")
-    system: str | None = Field(None, description="System message put before every chat prompt that is a text.")
-    max_tokens: Count = Field(64, description="Longest answer, in tokens.")
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(0.0, description="0 is greedy.")
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample among the k likeliest; 0: all.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Sample among the likeliest that sum to p.")
-    seed: int | None = Field(None, description="Same seed, same text. Without it each run draws its own.")
-    stop: list[str] = Field(default=[], description="Texts that end an answer (and are not part of it).")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="With --json: log-probabilities of the chosen token and of the n likeliest."
-    )
-
-    @model_validator(mode="after")
-    def _system_needs_chat(self) -> GenerateConfig:
-        if self.system is not None and not self.chat:
-            raise ValueError("run.system needs run.chat: true")
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_sampled(self) -> GenerateConfig:
-        self.sampling_params()  # checks what a field alone cannot; better now than when all is loaded
-        return self
-
-    def sampling_params(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=self.stop,
-            logprobs=self.logprobs,
-        )
-
-
 class RunConfig(Section):
     """The whole run file."""
 
@@ -280,9 +181,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{origin}: {explain(error, RunConfig)}") from None
+    run = config.run
+    if run is not None and run.prompts_file is not None:
+        run = run.model_copy(update={"prompts_file": str(base / _expanded(run.prompts_file))})
     return config.model_copy(
         update={
+            "run": run,
             "model": config.model.model_copy(update={"path": _anchored(config.model.path, base)}),
             "offload": config.offload.model_copy(update={"store": str(base / _expanded(config.offload.store))}),
         }
@@ -356,48 +261,3 @@ def _override(data: dict[str, Any], text: str) -> None:
     elif isinstance(parsed, str) and names == ["offload", "store"]:
         parsed = str(Path.cwd() / _expanded(parsed))
     target[names[-1]] = parsed
-
-
-def _explain(item: Mapping[str, Any]) -> str:
-    written, section = _as_written(item["loc"])
-    place = ".".join(written)
-    if item["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(written[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key `{place}`; {hint}"
-    if item["type"] == "missing":
-        return f"missing key `{place}`"
-    shown = repr(item.get("input"))
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"`{place}`: {message} (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
-
-
-def _as_written(location: Sequence[str | int]) -> tuple[list[str], type[BaseModel]]:
-    """The keys and indices of a location, and the section its last key is in.
-
-    Inside a value pydantic also names the branch of a union that it tried; nobody wrote that.
-    """
-    written: list[str] = []
-    section: type[BaseModel] = RunConfig
-    kind: Any = RunConfig  # of the value the location has come to: a section, a list, or None
-    for part in location:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            section = kind
-            field = kind.model_fields.get(str(part))
-            kind = None if field is None else _container(field.annotation)
-        elif isinstance(part, int):
-            kind = None if kind is None else _container(get_args(kind)[0])
-        else:
-            continue
-        written.append(str(part))
-    return written, section
-
-
-def _container(annotation: Any) -> Any:
-    """The section or list in an annotation, behind Annotated and unions; None for a plain value."""
-    if get_origin(annotation) is list:
-        return annotation
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((found for part in get_args(annotation) if (found := _container(part)) is not None), None)

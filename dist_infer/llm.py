@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dist_infer.chat_messages import Conversation, Documents, Messages, Tools, make_conversation
+from dist_infer.chat_template import TemplateRenderer
 from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
@@ -27,7 +29,6 @@ from partition.errors import CheckpointError, ConfigError
 from partition.plan import Plan
 
 Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, str]]
 _EVENT_POLL_S = 1.0  # only so that Ctrl-C is seen by a waiting main thread on every platform
 
 
@@ -60,6 +61,7 @@ class LLM:
                 tokenizer.result()
             self.gang.start()
             self._tokenizer, self._no_tokenizer = tokenizer.result()
+            self._renderer = stack.enter_context(TemplateRenderer())
             plan = self.gang.plan
             scheduler = Scheduler(
                 SchedulerConfig(
@@ -70,6 +72,7 @@ class LLM:
                     max_requests=plan.max_requests,
                     max_model_len=plan.max_model_len,
                     max_steps_in_flight=plan.max_steps_in_flight,
+                    shares_prompts=plan.model.path == "packed",
                 )
             )
             eos = self.gang.model.eos_token_ids + (self._tokenizer.eos_token_ids() if self._tokenizer else ())
@@ -77,6 +80,8 @@ class LLM:
                 executor=self.gang.executor,
                 scheduler=scheduler,
                 decode=self._decode,
+                encode=self._encode_bare,
+                token_kinds=self._tokenizer.token_kinds(plan.model.vocab_size) if self._tokenizer else None,
                 vocab_size=plan.model.vocab_size,
                 eos_token_ids=eos,
                 step_timeout_s=self.gang.step_timeout_s,
@@ -106,22 +111,42 @@ class LLM:
         """
         many = _as_list(prompts)
         params = _params_for(many, sampling_params)
-        outputs: dict[int, RequestOutput] = {}
-        for index, event in self.events([self._encode(prompt) for prompt in many], params):
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                outputs[index] = event.output
-        return [outputs[index] for index in range(len(many))]
+        return self._answers([self._encode(prompt) for prompt in many], params)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Tools | None = None,
+        documents: Documents | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]:
-        """Like `generate` for conversations: one list of {role, content}, or a list of such lists."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self.generate([self.chat_ids(conversation) for conversation in conversations], sampling_params)  # type: ignore[arg-type]
+        """Like `generate` for conversations: one list of {role, content}, or a list of such lists; see `chat_prompt`.
+
+        tools, documents, template and flags are those of all of them. The outputs' `prompt` is what the template wrote.
+        """
+        conversations = _conversations(messages)
+        params = _params_for(conversations, sampling_params)
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            try:
+                prompt = self.chat_prompt(
+                    conversation,
+                    tools=tools,
+                    documents=documents,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                )
+            except ConfigError as error:
+                if len(conversations) == 1:
+                    raise
+                raise ConfigError(f"conversation {index + 1} of {len(conversations)}: {error}") from error
+            prompts.append(prompt)
+        return self._answers(prompts, params)
 
     async def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[Event]:
         """The events of one request as they come; the last one is Finished, or Failed is raised.
@@ -188,9 +213,40 @@ class LLM:
         """Token ids of a text, by the model's tokenizer."""
         return self._require_tokenizer().encode(text)
 
-    def chat_ids(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation through the model's chat template."""
-        return self._require_tokenizer().chat(messages)
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        documents: Documents | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> tuple[str, list[int]]:
+        """A conversation through the model's chat template: its text and its token ids, as `events` takes them.
+
+        tools: JSON Schemas of functions; documents: objects such as {title, text}; templates that know neither ignore
+        them. chat_template: a template, or the name of one of the model's, instead of the model's default.
+        add_generation_prompt: end with the beginning of an answer. continue_final_message: leave the last message
+        open, for the model to go on with it; one of the two.
+        Raises ConfigError for messages of a wrong shape, without a template, and when the template refuses or fails
+        or goes beyond the limits of RenderLimits.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ConfigError(
+                "continue_final_message goes on with the last message, add_generation_prompt begins a new one: "
+                "with continue_final_message=True give add_generation_prompt=False"
+            )
+        conversation: Conversation = make_conversation(messages, tools, documents)
+        tokenizer = self._require_tokenizer()
+        text = self._renderer.render(
+            tokenizer.chat_template(chat_template, with_tools=tools is not None),
+            conversation,
+            variables=tokenizer.template_variables(),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return text, tokenizer.encode(text, add_special_tokens=False)
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
         """Cumulative streaming figures of every rank."""
@@ -229,8 +285,23 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _answers(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """In the order of the prompts; the first request's error is raised if one fails."""
+        outputs: dict[int, RequestOutput] = {}
+        for index, event in self.events(prompts, params):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                outputs[index] = event.output
+        return [outputs[index] for index in range(len(prompts))]
+
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         return (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, _listed(prompt))
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._require_tokenizer().encode(text, add_special_tokens=False)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
@@ -258,6 +329,12 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return many
 
 
+def _conversations(messages: Messages | Sequence[Messages]) -> list[Any]:
+    """What is in each is checked where it is used."""
+    many: list[Any] = _listed(messages)
+    return [many] if many and isinstance(many[0], Mapping) else many
+
+
 def _listed(value: Any) -> list[Any]:
     """Of prompts or of token ids. What is in the list is checked where it is used."""
     if isinstance(value, bytes | bytearray | Mapping) or not isinstance(value, Iterable):
@@ -266,7 +343,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _params_for(
-    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[object], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * len(prompts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_infer.engine.detokenizer import TokenKinds
 from partition.errors import CheckpointError, ConfigError
 
 
@@ -16,6 +18,7 @@ class Tokenizer:
         """checkpoint: a directory with tokenizer files, or a GGUF file. Raises CheckpointError when there is none."""
         from transformers import AutoTokenizer
 
+        self._checkpoint = checkpoint
         try:
             if checkpoint.is_dir():
                 self._inner: Any = AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
@@ -30,35 +33,92 @@ class Tokenizer:
             ) from error
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(self._inner.chat_template)
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows, added ones included; the model may have more."""
+        return len(self._inner)
 
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self._inner.eos_token_id
         return () if eos is None else (int(eos),)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """add_special_tokens: put around the text what the tokenizer puts around a text; a template does it itself."""
         try:
-            return [int(token) for token in self._inner(text)["input_ids"]]
+            return [int(token) for token in self._inner(text, add_special_tokens=add_special_tokens)["input_ids"]]
         except Exception as error:  # half a surrogate pair, for one
             raise ConfigError(f"the tokenizer refuses this text ({type(error).__name__}: {error})") from error
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, with the prompt for the assistant's answer at its end.
+    def chat_template(self, wanted: str | None, *, with_tools: bool) -> str:
+        """The template to use: `wanted` (a template, or the name of one of the model's own), else the model's.
 
-        Raises ConfigError when there is no template, or when it (a program, run in a sandbox) fails on the messages.
+        Of several the model's are `tool_use` for a conversation with tools, then `default`. ConfigError when there is
+        none to use, with what there is.
         """
-        if not self.has_chat_template:
-            raise ConfigError("this model has no chat template: give plain text prompts (run.chat: false) instead")
-        try:
-            encoded = self._inner.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-            return [int(token) for token in encoded["input_ids"]]
-        except Exception as error:  # whatever the template and the sandbox raise
+        own = self._inner.chat_template
+        if isinstance(own, Mapping):
+            if wanted in own:
+                return str(own[wanted])
+            if wanted is None:
+                name = "tool_use" if with_tools and "tool_use" in own else "default"
+                if name in own:
+                    return str(own[name])
+                raise ConfigError(
+                    f"the model in {self._checkpoint} has the chat templates {', '.join(sorted(own))} and no default: "
+                    "name one of them (chat_template=)"
+                )
+        if wanted:
+            return wanted
+        if not own:
             raise ConfigError(
-                f"the model's chat template fails on these messages ({type(error).__name__}: {error})"
-            ) from error
+                f"this model has no chat template: {_template_places(self._checkpoint)}. Give plain text prompts "
+                "(run.chat: false), or a template (chat_template=), or put a chat_template.jinja into the model's "
+                "directory"
+            )
+        return str(own)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        text: str = self._inner.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def template_variables(self) -> dict[str, Any]:
+        """What a template sees by name beside the conversation: the special tokens, as texts."""
+        return dict(self._inner.special_tokens_map)
+
+    def token_kinds(self, vocab_size: int, *, skip_special_tokens: bool = True) -> TokenKinds:
+        """What the detokenizer must know of ids below `vocab_size` (the model's, often more than the tokenizer's)."""
+        known = self._inner.get_vocab()
+        candidates = set(range(vocab_size)) - set(known.values())
+        if skip_special_tokens:
+            candidates |= set(self._inner.all_special_ids)
+            candidates |= {id for id, token in self._inner.added_tokens_decoder.items() if token.special}
+        silent = frozenset(id for id in candidates if self._is_silent(id, skip_special_tokens))
+        return TokenKinds(silent=silent, byte_values=_byte_values(known) if self._joins_bytes() else {})
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids, special tokens left out unless they are asked for."""
+        text: str = self._inner.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
+
+    def _is_silent(self, token_id: int, skip_special_tokens: bool) -> bool:
+        try:
+            return not self.decode((token_id,), skip_special_tokens=skip_special_tokens)
+        except Exception:  # an id it does not know; whoever decodes it will say so
+            return False
+
+    def _joins_bytes(self) -> bool:
+        """Whether the decoder takes `<0xE2>` for a byte, and a row of such tokens for one text."""
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is None:
+            return False
+        decoder = json.loads(backend.to_str()).get("decoder") or {}
+        return any(part.get("type") == "ByteFallback" for part in decoder.get("decoders", [decoder]))
+
+
+def _byte_values(vocabulary: Mapping[str, int]) -> dict[int, int]:
+    names = {f"<0x{value:02X}>": value for value in range(256)}
+    return {vocabulary[name]: value for name, value in names.items() if name in vocabulary}
+
+
+def _template_places(checkpoint: Path) -> str:
+    if not checkpoint.is_dir():
+        return f"{checkpoint.name} has none in its metadata (tokenizer.chat_template)"
+    there = [name for name in ("tokenizer_config.json", "chat_template.jinja") if (checkpoint / name).exists()]
+    return f"{checkpoint} has {' and '.join(there) or 'no tokenizer_config.json'}, and no template in it"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, LoadProgress, RankSpec
-from dist_infer.config import ClusterConfig, ReaderKind
+from dist_infer.config import ClusterConfig
+from dist_infer.config_types import ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.messages import decode, encode
 from launch.root_guard import check_one_root

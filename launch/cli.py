@@ -7,12 +7,17 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_infer.config import GenerateConfig, RunConfig, load_config
+from dist_infer.chat_messages import make_conversation
+from dist_infer.config import RunConfig, load_config
+from dist_infer.generate_config import GenerateConfig
+from dist_infer.prompt_config import ChatPrompt, Prompt
+from dist_infer.prompts_file import read_prompts
 from launch import bench
+from launch.check_arch import check_arch
 from launch.interrupt import EXIT_CODE, end_on_interrupt
 from launch.options import File, Json, Set
 from launch.root_guard import check_one_root
@@ -33,6 +38,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench.app, name="bench")
+app.command(name="check-arch")(check_arch)
 
 
 @app.command()
@@ -56,7 +62,7 @@ def generate(
     if not all(prompt):
         raise ConfigError("--prompt is empty: write a text")
     run = config.run or GenerateConfig(kind="generate", prompts=list(prompt))
-    _generate(config, run.model_copy(update={"prompts": list(prompt)}), as_json)
+    _generate(config, run.model_copy(update={"prompts": list(prompt), "prompts_file": None}), as_json)
 
 
 @app.command()
@@ -169,6 +175,8 @@ def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
     from launch.display import StartDisplay, make_console, plan_notes, plan_table, ready_line, summary_table
     from partition.plan import plan_to_json
 
+    if run.prompts_file is not None:  # a bad line is better known now than when all is loaded
+        run = run.model_copy(update={"prompts": read_prompts(run.prompts_file), "prompts_file": None})
     console = make_console(stderr=as_json)
     started = time.monotonic()
     with StartDisplay(console) as display:
@@ -176,7 +184,8 @@ def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
     with llm:
         pack_report = llm.gang.pack_report
         written, pack_s = pack_report.num_written, pack_report.seconds
-        console.print(ready_line(llm.gang.reports, written, pack_s, time.monotonic() - started), markup=False)
+        ready = ready_line(llm.gang.reports, llm.gang.facts, written, pack_s, time.monotonic() - started)
+        console.print(ready, markup=False)
         outputs, summary = _answer(llm, run, console)
         console.print(plan_table(llm.plan))
         for note in plan_notes(llm.plan):
@@ -196,33 +205,43 @@ def _answer(llm: LLM, run: GenerateConfig, console: Console) -> tuple[list[Reque
     from dist_infer.outputs import Failed, TokenEvent
     from launch.display import AnswerDisplay
 
-    prompts = [_prompt_ids(llm, run, prompt) for prompt in run.prompts]
+    prompts = []
+    for index, prompt in enumerate(run.prompts):
+        try:
+            prompts.append(_prompt_ids(llm, run, prompt))
+        except ConfigError as error:
+            raise ConfigError(f"prompt {index + 1} of {len(run.prompts)}: {error}") from error
     width = len(str(len(prompts)))
     for index, (text, _) in enumerate(prompts):
         console.print(f"[{index + 1:>{width}}] > {text}", style="bold", markup=False)
-    answers = AnswerDisplay(console, len(prompts))
+    answers = AnswerDisplay(console, len(prompts), run.n)
     outputs: dict[int, RequestOutput] = {}
     before, started = llm.stream_reports(), time.monotonic()
     for index, event in llm.events(prompts, [run.sampling_params()] * len(prompts)):
         if isinstance(event, TokenEvent):
-            answers.add(index, event.text)
+            answers.add(index, event.index, event.text)
         elif isinstance(event, Failed):
             raise event.error
         else:
             outputs[index] = event.output
-            answers.end(index, f"{event.reason}, {len(event.output.outputs[0].token_ids)} tokens")
+            for answer in event.output.outputs:
+                answers.end(index, answer.index, f"{answer.finish_reason}, {len(answer.token_ids)} tokens")
     summary = llm.summarise(list(outputs.values()), before, started)
     return [outputs[index] for index in range(len(prompts))], summary
 
 
-def _prompt_ids(llm: LLM, run: GenerateConfig, prompt: Any) -> tuple[str, list[int]]:
-    if not isinstance(prompt, str):
-        messages = [message.model_dump() for message in prompt]
-        return str(messages[-1]["content"]), llm.chat_ids(messages)
-    if not run.chat:
-        return prompt, llm.encode(prompt)
-    system = [{"role": "system", "content": run.system}] if run.system is not None else []
-    return prompt, llm.chat_ids([*system, {"role": "user", "content": prompt}])
+def _prompt_ids(llm: LLM, run: GenerateConfig, prompt: Prompt) -> tuple[str, list[int]]:
+    """What is shown of a prompt, and its token ids."""
+    if isinstance(prompt, str):
+        if not run.chat:
+            return prompt, llm.encode(prompt)
+        system = [{"role": "system", "content": run.system}] if run.system is not None else []
+        return prompt, llm.chat_prompt([*system, {"role": "user", "content": prompt}])[1]
+    chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(messages=prompt)
+    messages = [message.model_dump(exclude_none=True) for message in chat.messages]
+    _, token_ids = llm.chat_prompt(messages, tools=chat.tools, documents=chat.documents)
+    content = make_conversation(messages).messages[-1].get("content", "")
+    return str(content), token_ids
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from dist_infer.messages import WorkerReport
 from dist_infer.startup import Progress
 from dist_infer.summary import RunSummary
+from partition.hardware import HardwareFacts
 from partition.plan import Plan, describe_kv
 from partition.plan_data import RankPlan
 from partition.sizes import format_size
@@ -69,28 +70,36 @@ class StartDisplay:
 
 
 class AnswerDisplay:
-    """Several answers at once: each line carries the number of its prompt; text appears as soon as a piece is ready."""
+    """Several answers at once: each line carries the number of its prompt; text appears as soon as a piece is ready.
 
-    def __init__(self, console: Console, num_prompts: int) -> None:
+    num_answers: to each prompt; with several, lines carry the number of the answer, too.
+    """
+
+    def __init__(self, console: Console, num_prompts: int, num_answers: int = 1) -> None:
         self._console = console
-        self._pending = [""] * num_prompts
+        self._pending = [[""] * num_answers for _ in range(num_prompts)]
         self._width = len(str(num_prompts))
 
-    def add(self, index: int, text: str) -> None:
-        self._pending[index] += text
-        while (cut := _break_at(self._pending[index])) is not None:
-            self._line(index, self._pending[index][:cut])
-            self._pending[index] = self._pending[index][cut:].lstrip(" \n")
+    def add(self, prompt: int, answer: int, text: str) -> None:
+        pending = self._pending[prompt]
+        pending[answer] += text
+        while (cut := _break_at(pending[answer])) is not None:
+            self._line(prompt, answer, pending[answer][:cut])
+            pending[answer] = pending[answer][cut:].lstrip(" \n")
 
-    def end(self, index: int, note: str) -> None:
-        self._line(index, self._pending[index])
-        self._pending[index] = ""
-        self._console.print(f"[{index + 1:>{self._width}}] ({note})", style="dim", highlight=False, markup=False)
+    def end(self, prompt: int, answer: int, note: str) -> None:
+        self._line(prompt, answer, self._pending[prompt][answer])
+        self._pending[prompt][answer] = ""
+        self._print(prompt, answer, f"({note})", style="dim")
 
-    def _line(self, index: int, text: str) -> None:
-        if not text.strip():
-            return
-        self._console.print(f"[{index + 1:>{self._width}}] {text.rstrip()}", highlight=False, markup=False)
+    def _line(self, prompt: int, answer: int, text: str) -> None:
+        if text.strip():
+            self._print(prompt, answer, text.rstrip())
+
+    def _print(self, prompt: int, answer: int, text: str, style: str | None = None) -> None:
+        which = f".{answer + 1}" if len(self._pending[prompt]) > 1 else ""
+        label = f"[{prompt + 1:>{self._width}}{which}]"
+        self._console.print(f"{label} {text}", style=style, highlight=False, markup=False)
 
 
 def _break_at(text: str) -> int | None:
@@ -189,8 +198,12 @@ def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f} s"
 
 
-def ready_line(reports: Sequence[WorkerReport], num_written: int, pack_s: float, start_s: float) -> str:
+def ready_line(
+    reports: Sequence[WorkerReport], facts: HardwareFacts, num_written: int, pack_s: float, start_s: float
+) -> str:
+    """What was started, how its weights are read and why so."""
     packed = f"packed {num_written} blobs in {pack_s:.1f} s" if num_written else "packed nothing (the store is there)"
     readers = ", ".join(sorted({report.reader for report in reports}))
+    reasons = "".join(f" ({why})" for why in sorted({node.reader_reason for node in facts.nodes} - {""}))
     kernels = "".join(f"; {text}" for text in sorted({report.kernels for report in reports if report.kernels}))
-    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}{kernels}"
+    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}{reasons}{kernels}"

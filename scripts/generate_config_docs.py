@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dist_infer.config import GenerateConfig, Message, RunConfig
+from dist_infer.config import RunConfig
+from dist_infer.generate_config import GenerateConfig
+from dist_infer.prompt_config import ChatPrompt, Message, TextPart
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 SECTIONS = ("model", "parallel", "offload", "engine", "cluster")
@@ -57,9 +59,14 @@ def render() -> str:
         if not isinstance(kind, type) or not issubclass(kind, BaseModel):
             raise TypeError(f"RunConfig.{name} is no section")
         parts.append(_section(f"`{name}`", kind, schema["$defs"][kind.__name__], schema))
-    generate, message = schema["$defs"]["GenerateConfig"], schema["$defs"]["Message"]
-    parts.append(_section("`run` with `kind: generate`", GenerateConfig, generate, schema))
-    parts.append(_section("A message of `run.prompts`", Message, message, schema))
+    shapes: tuple[tuple[str, type[BaseModel]], ...] = (
+        ("`run` with `kind: generate`", GenerateConfig),
+        ("An object of `run.prompts`", ChatPrompt),
+        ("A message of `run.prompts`", Message),
+        ("A text part of a message", TextPart),
+    )
+    for title, kind in shapes:
+        parts.append(_section(title, kind, schema["$defs"][kind.__name__], schema))
     return "\n".join(parts)
 
 
@@ -86,7 +93,7 @@ def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
     """In the words of the introduction; a size or time is written as people write it, whatever it is kept as."""
     if "$ref" in schema:
         return _type(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
-    options = schema.get("anyOf", [])
+    options = schema.get("anyOf", schema.get("oneOf", []))
     written = str(schema.get("format", "")).partition(",")[0]
     if written in ("size", "time"):
         above = " above 0" if any("exclusiveMinimum" in option for option in (schema, *options)) else ""
@@ -100,7 +107,7 @@ def _type(schema: dict[str, Any], root: dict[str, Any]) -> str:
     if schema["type"] == "array":
         return f"list of ({_type(schema['items'], root)})"
     if schema["type"] == "object":
-        return "{" + ", ".join(schema["properties"]) + "}"
+        return "{" + ", ".join(schema["properties"]) + "}" if "properties" in schema else "object"
     return _NAMES[schema["type"]] + _range(schema)
 
 
