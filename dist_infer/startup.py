@@ -21,6 +21,7 @@ from dist_infer.worker.setup import StoreLocation, store_key
 from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
 from partition.encoding import DEFAULT_GROUP_SIZE, EncodingChoice
 from partition.errors import CheckpointError, ConfigError, StoreError
+from partition.families import family_table
 from partition.hardware import HardwareFacts
 from partition.model_spec import ModelSpec, text_config
 from partition.plan import Plan, PlanOptions, make_plan, unit_bytes
@@ -58,6 +59,15 @@ class Model:
     eos_token_ids: tuple[int, ...]
 
 
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a parsed config.json: from the family table, or of any other type from its class (imports torch)."""
+    if text_config(config).get("model_type") in family_table():
+        return ModelSpec.from_config(config)
+    from dist_infer.model.describe import describe
+
+    return describe(config)
+
+
 def open_model(config: RunConfig, *, weights: bool = True) -> Model:
     """Find the model and read its headers. Raises the tree's errors for anything that could not be run right.
 
@@ -65,7 +75,7 @@ def open_model(config: RunConfig, *, weights: bool = True) -> Model:
     """
     path = resolve_model(config.model.path, weights=weights)
     index = open_checkpoint(path)
-    spec = ModelSpec.from_config(index.config)
+    spec = spec_of(index.config)
     cut_axes(spec, config.parallel.tensor)  # a degree the family cannot be cut into ends here
     if index.kind != "config_only":
         check_tensors(spec, index)
@@ -104,7 +114,7 @@ def plan_run(config: RunConfig, model: Model, facts: HardwareFacts, footprint: F
             dtype=model.dtype,
             encodings=model.encodings,
             # rows are read without a checksum of theirs: not where every read is to be checked
-            embedding_rows=offload.verify != "always",
+            embedding_rows=offload.verify != "always" and model.spec.table is None,
             device=device,
             device_memory=_number(offload.device_memory),
             host_memory=_number(offload.host_memory),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from partition.activations import activation_bytes
 from partition.cost import StageLoad, predict_loads
 from partition.errors import BudgetError
-from partition.kv_budget import KvDecision, Pool, decide_kv
+from partition.kv_budget import DEFAULT_MAX_MODEL_LEN, KvDecision, Pool, decide_kv
+from partition.kv_layout import layers_kv, paged_bytes_per_token, ring_bytes_per_request, ring_rows_of
 from partition.plan_data import DTYPE_BYTES, KvChoice, Prediction, RankPlan, UnitPlacement
-from partition.sharding import local_heads
 from partition.sizes import format_size
 from partition.tiers import Cycle, TierChoice
 from partition.work import Stage, Work
@@ -18,6 +18,7 @@ from partition.work import Stage, Work
 NUM_DEVICE_SLOTS = 2
 _LEAST_DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, communication buffers, fragmentation
 _DEVICE_RESERVE_PER_CENT = 5
+RING_TIE = 0.99  # of the speed with blocks: as fast, and then rings hold longer sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Layout:
     ranks: tuple[RankPlan, ...]
     loads: tuple[StageLoad, ...]
     kv: KvDecision
+    ring_rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +40,32 @@ class _Tiers:
 
 
 class _Sharing:
-    """The memory of all stages, for steps of a given size: what is fixed, and what any number of KV blocks leaves."""
+    """The memory of all stages, for steps of a given size: what is fixed, and what any number of KV blocks leaves.
 
-    def __init__(self, work: Work, micro_batches: int) -> None:
+    `block` and `ring`: [stage][tp_rank] bytes of one KV block, and of the rings of all requests.
+    """
+
+    def __init__(self, work: Work, micro_batches: int, ring_rows: tuple[int, ...]) -> None:
         options = work.options
         self.work = work
         self.cuda = options.device == "cuda"
         self.tensor = range(options.tensor)
-        self.heads = [local_heads(work.spec, work.cut, tp)[1] for tp in self.tensor]
-        token_layer = (work.spec.head_dim + work.spec.v_head_dim) * DTYPE_BYTES[options.dtype] * options.block_tokens
+        self.ring_rows = ring_rows
+        layers = [layers_kv(work.spec, work.cut, tp, ring_rows) for tp in self.tensor]
+        self.heads = [of_rank[0].num_heads for of_rank in layers]
+        own = [[of_rank[stage.first_layer : stage.end_layer] for of_rank in layers] for stage in work.stages]
         self.activation = [
             [activation_bytes(work, stage, tp, micro_batches) for tp in self.tensor] for stage in work.stages
         ]
-        self.block = [
-            [heads * token_layer * (stage.end_layer - stage.first_layer) for heads in self.heads]
-            for stage in work.stages
-        ]
+        self.block = [[options.block_tokens * paged_bytes_per_token(kv, options.dtype) for kv in row] for row in own]
+        self.ring = [[work.max_requests * ring_bytes_per_request(kv, options.dtype) for kv in row] for row in own]
         self._rest: dict[tuple[int, tuple[bool, ...]], Cycle] = {}
 
     def tiers(self, num_blocks: int) -> _Tiers:
         """Raises BudgetError when the weights do not fit beside so many blocks."""
         taken = [
-            [a + num_blocks * b for a, b in zip(*row, strict=True)]
-            for row in zip(self.activation, self.block, strict=True)
+            [a + num_blocks * b + r for a, b, r in zip(*row, strict=True)]
+            for row in zip(self.activation, self.block, self.ring, strict=True)
         ]
         if not self.cuda:
             cycles = [stage.cycle for stage in self.work.stages]
@@ -101,7 +106,7 @@ class _Sharing:
         return KvChoice(
             num_blocks=num_blocks,
             batch=batch,
-            kv_bytes=num_blocks * sum(map(sum, self.block)),
+            kv_bytes=num_blocks * sum(map(sum, self.block)) + sum(map(sum, self.ring)),
             resident_bytes=sum(sum(choice.used_bytes) for choice in stays) - sum(slots),
             tokens_per_s=prediction.decode_tokens_per_s,
         )
@@ -145,6 +150,8 @@ class _Sharing:
                 pinned_weight_bytes=sum(pinned[n][tp] for n, tp in own),
                 block_bytes=sum(self.block[n][tp] for n, tp in own),
                 largest_block_bytes=max(self.block[n][tp] for n, tp in own),
+                ring_bytes=sum(self.ring[n][tp] for n, tp in own),
+                largest_ring_bytes=max(self.ring[n][tp] for n, tp in own),
             )
             for name, key, budget, own in groups
         ]
@@ -191,8 +198,29 @@ class _Sharing:
 
 
 def lay_out(work: Work, *, micro_batches: int) -> Layout:
-    """Share out memory for steps of `micro_batches`. Raises BudgetError when the minimum does not fit."""
-    sharing = _Sharing(work, micro_batches)
+    """Share out memory for steps of `micro_batches`. Raises BudgetError when the minimum does not fit.
+
+    Windowed layers keep rings unless blocks, of which a few short requests take less, decode faster.
+    """
+    longest = work.options.max_model_len or min(work.spec.max_position, DEFAULT_MAX_MODEL_LEN)
+    rings = ring_rows_of(work.spec, max_batch_tokens=work.max_batch_tokens, max_model_len=longest)
+    if not any(rings):
+        return _lay_out(work, micro_batches, ())
+    try:
+        in_rings = _lay_out(work, micro_batches, rings)
+    except BudgetError:
+        return _lay_out(work, micro_batches, ())
+    try:
+        in_blocks = _lay_out(work, micro_batches, ())
+    except BudgetError:
+        return in_rings
+    rates = [predict_step(work, found.loads, found.kv.batch).decode_tokens_per_s for found in (in_rings, in_blocks)]
+    slower = rates[0] < RING_TIE * rates[1] or in_rings.kv.max_model_len < in_blocks.kv.max_model_len
+    return in_blocks if slower else in_rings
+
+
+def _lay_out(work: Work, micro_batches: int, ring_rows: tuple[int, ...]) -> Layout:
+    sharing = _Sharing(work, micro_batches, ring_rows)
     kv = decide_kv(sharing.pools(), work.spec, work.options, max_requests=work.max_requests, trial=sharing.trial)
     tiers = sharing.tiers(kv.num_blocks)
     on_node = {stage.node: sum(other.node == stage.node for other in work.stages) for stage in work.stages}
@@ -217,13 +245,13 @@ def lay_out(work: Work, *, micro_batches: int) -> Layout:
                     num_device_slots=on_device.num_slots if on_device else 0,
                     num_kv_heads=sharing.heads[tp],
                     num_kv_blocks=kv.num_blocks,
-                    kv_bytes=kv.num_blocks * sharing.block[number][tp],
+                    kv_bytes=kv.num_blocks * sharing.block[number][tp] + sharing.ring[number][tp],
                     activation_bytes=sharing.activation[number][tp],
                     # reading threads beside computing ones slow both, so a core is left to them where there are several
                     threads=max(1, cores - 1 if streams and cores > 2 else cores),
                 )
             )
-    return Layout(ranks=tuple(ranks), loads=sharing.loads(tiers), kv=kv)
+    return Layout(ranks=tuple(ranks), loads=sharing.loads(tiers), kv=kv, ring_rows=ring_rows)
 
 
 def steps_in_flight(loads: Sequence[StageLoad]) -> int:

@@ -44,7 +44,7 @@ def blob_arrays(
         encoding = encodings.of(unit.name, parameter, shape)
         if encoding == RAW:
             arrays.append(
-                BlobArray(parameter=parameter.name, encoding=RAW, part="", dtype=parameter.dtype or dtype, shape=shape)
+                BlobArray(parameter=parameter.name, encoding=RAW, part="", dtype=parameter.dtype_in(dtype), shape=shape)
             )
             continue
         arrays += [

@@ -64,7 +64,7 @@ class EncodingChoice:
         Embeddings, head, norms, biases, routers and whatever has to stay exact are raw; so are widths that no group of
         32 divides, and experts whose rows do not fill whole tiles.
         """
-        exact = parameter.dtype is not None or parameter.name.endswith(_ROUTERS)
+        exact = parameter.is_exact or parameter.name.endswith((*_ROUTERS, "bias"))
         if not unit.startswith("layers.") or exact or len(shape) not in (2, 3) or 0 in shape:
             return RAW
         if shape[-1] % LEAST_GROUP or (len(shape) == 3 and shape[1] % ROWS_PER_TILE):

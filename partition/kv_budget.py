@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from partition.errors import BudgetError
+from partition.kv_layout import kv_bytes_per_token
 from partition.model_spec import ModelSpec
 from partition.plan_data import KvChoice, Plan, PlanOptions
 from partition.sizes import format_size
@@ -32,7 +33,8 @@ class Pool:
 
     `least_weight_bytes`: what streaming through the shortest ring takes at least. `pinned_weight_bytes`: embedding and
     head kept, the layers streamed so. `block_bytes`: one KV block on all of the pool's ranks, `largest_block_bytes` on
-    the rank where it is largest.
+    the rank where it is largest; 0 where all layers keep rings. `ring_bytes` and `largest_ring_bytes`: the rings of
+    max_requests requests.
     """
 
     name: str
@@ -44,11 +46,17 @@ class Pool:
     pinned_weight_bytes: int
     block_bytes: int
     largest_block_bytes: int
+    ring_bytes: int = 0
+    largest_ring_bytes: int = 0
 
     @property
     def left_bytes(self) -> int:
-        """For KV, with no more weights in memory than must be."""
-        return self.budget_bytes - self.activation_bytes - self.least_weight_bytes
+        """For KV blocks, with no more weights in memory than must be."""
+        return self.blocks_beside(self.least_weight_bytes)
+
+    def blocks_beside(self, weight_bytes: int) -> int:
+        """Bytes for KV blocks beside so many of weights; may be negative."""
+        return self.budget_bytes - self.activation_bytes - self.ring_bytes - weight_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,8 @@ def decide_kv(
 
     With engine.kv_memory: that much on each rank. Without: from one expected request to `max_requests` of them, what
     decodes fastest. engine.max_model_len, where not given, shrinks to what fits.
-    Raises BudgetError when not one sequence of engine.max_model_len fits.
+    The rings of windowed layers are there for `max_requests` whatever the number of blocks; where every layer keeps
+    one, blocks weigh nothing. Raises BudgetError when not one sequence of engine.max_model_len fits.
     """
     asked = options.max_model_len
     longest = asked or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
@@ -81,8 +90,12 @@ def decide_kv(
                 f"{format_size(pool.activation_bytes)} for activations: raise {pool.key}, lower "
                 f"engine.max_batch_tokens or engine.max_requests, or use more ranks (parallel.tensor or .pipeline)"
             )
+    plenty = max_requests * _blocks(longest, options)
     if options.kv_memory is not None:
-        candidates = [min(options.kv_memory // pool.largest_block_bytes for pool in pools)]
+        rests = [(options.kv_memory - pool.largest_ring_bytes, pool.largest_block_bytes) for pool in pools]
+        candidates = [_fewest(rests, plenty)]
+    elif not any(pool.block_bytes for pool in pools):
+        candidates = [_fewest([(pool.left_bytes, 0) for pool in pools], plenty)]
     else:
         expected = _blocks(min(longest, EXPECTED_LEN), options)
         candidates = _candidates(pools, one=one, expected=expected, max_requests=max_requests)
@@ -117,11 +130,12 @@ def decide_kv(
 def describe_kv(plan: Plan) -> str:
     """Why the plan's KV cache is as large as it is, in a line for people."""
     chosen = next((choice for choice in plan.kv_choices if choice.chosen), None)
+    each = f"{kv_bytes_per_token(plan.model, plan.dtype, tensor=plan.tensor):,} bytes per token{_kept_as(plan)}"
     if chosen is None:
-        return f"KV {format_size(sum(rank.kv_bytes for rank in plan.ranks))}"
+        return f"KV {format_size(sum(rank.kv_bytes for rank in plan.ranks))}, {each}"
     text = (
         f"KV {format_size(chosen.kv_bytes)} for {chosen.batch} request{'s' * (chosen.batch != 1)} at a time beside "
-        f"{format_size(chosen.resident_bytes)} of resident weights: {chosen.tokens_per_s:.3g} tok/s"
+        f"{format_size(chosen.resident_bytes)} of resident weights: {chosen.tokens_per_s:.3g} tok/s; {each}"
     )
     others = [choice for choice in plan.kv_choices if not choice.chosen]
     for name, share in (("half", 0.5), ("twice", 2.0)):
@@ -132,13 +146,23 @@ def describe_kv(plan: Plan) -> str:
     return text
 
 
+def _kept_as(plan: Plan) -> str:
+    """How it is that a token takes so little, in words."""
+    words = ["latent attention"] if plan.model.latent_dim else []
+    rings = [rows for rows in plan.ring_rows if rows]
+    if rings:
+        past = kv_bytes_per_token(plan.model, plan.dtype, tensor=plan.tensor, within_window=False)
+        words.append(f"{past:,} past the window: {len(rings)} of {plan.model.num_layers} layers keep {max(rings)} rows")
+    return f" ({', '.join(words)})" if words else ""
+
+
 def _candidates(pools: Sequence[Pool], *, one: int, expected: int, max_requests: int) -> list[int]:
     """Numbers of blocks worth a try, fewest first.
 
     None is below an expected request, unless that does not fit: speed is not bought with sequences too short to use.
     """
     wanted = max(one, max_requests * expected)
-    top = min(wanted, *(pool.left_bytes // pool.block_bytes for pool in pools))
+    top = min(wanted, _fewest([(pool.left_bytes, pool.block_bytes) for pool in pools], wanted))
     least = max(one, expected)
     if top <= least:
         return [top]
@@ -146,7 +170,7 @@ def _candidates(pools: Sequence[Pool], *, one: int, expected: int, max_requests:
     # where the last streamed weights, or the ends that would be read in every pass, just stay
     for stays in ([pool.weight_bytes for pool in pools], [pool.pinned_weight_bytes for pool in pools]):
         beside = [
-            (pool.budget_bytes - pool.activation_bytes - weights) // pool.block_bytes
+            _fewest([(pool.blocks_beside(weights), pool.block_bytes)], top)
             for pool, weights in zip(pools, stays, strict=True)
         ]
         found |= {blocks for blocks in (min(beside), max(beside)) if least < blocks < top}
@@ -154,6 +178,11 @@ def _candidates(pools: Sequence[Pool], *, one: int, expected: int, max_requests:
     while (size := size * _STEP) < top:
         found.add(min(top, math.ceil(size / expected) * expected))
     return sorted(found)
+
+
+def _fewest(rests: Sequence[tuple[int, int]], plenty: int) -> int:
+    """Blocks that all (bytes left, bytes of a block) have room for; `plenty` where blocks weigh nothing."""
+    return min(left // size if size else (plenty if left >= 0 else -1) for left, size in rests)
 
 
 def _batch(num_blocks: int, longest: int, options: PlanOptions, max_requests: int) -> int:
@@ -174,7 +203,7 @@ def _refuse(pools: Sequence[Pool], options: PlanOptions, *, one: int) -> None:
             f"one sequence of {tokens} tokens needs {format_size(need)} of KV cache a rank, engine.kv_memory is "
             f"{format_size(options.kv_memory)}: raise engine.kv_memory or lower engine.max_model_len"
         )
-    pool = min(pools, key=lambda pool: pool.left_bytes // pool.block_bytes)
+    pool = min(pools, key=lambda pool: pool.left_bytes // max(1, pool.block_bytes))
     raise BudgetError(
         f"one sequence of {tokens} tokens needs {format_size(one * pool.block_bytes)} of KV cache on {pool.name}, "
         f"where {format_size(pool.left_bytes)} of {format_size(pool.budget_bytes)} are left beside the weights' ring "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from partition.errors import ConfigError, UnsupportedModelError
 from partition.families import family_of
+from partition.windows import windows_of
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # one number, three names among families
 
@@ -18,6 +19,11 @@ class ModelSpec:
 
     `layer_kinds[i]` ("dense" | "moe") picks the parameter table of layer i. `dims` has every dimension that the table
     of the family names, in elements. `head_dim` is the width of one query or key head, `v_head_dim` of one value head.
+    `windows[i]`: the last positions that layer i attends to, None for all; empty where no layer has a window.
+    `table`: the parameters of a type that families.json does not have, in its form; it is cut in stages only.
+    `state_elements`: of float32 that a sequence keeps in all layers whatever its length (recurrent states).
+    `path`: "packed": all sequences of a step in one row, over paged KV; "fallback": each by itself, over its own cache;
+    "stepwise": so, and what follows a sequence's first chunk token by token (states that take one token at a time).
     """
 
     model_type: str
@@ -33,6 +39,20 @@ class ModelSpec:
     layer_kinds: tuple[str, ...]
     dims: dict[str, int]
     flags: dict[str, bool]
+    windows: tuple[int | None, ...] = ()
+    path: Literal["packed", "fallback", "stepwise"] = "packed"
+    state_elements: int = 0
+    table: dict[str, Any] | None = None
+
+    @property
+    def family(self) -> Mapping[str, Any]:
+        """Its entry in the family table, or its own."""
+        return self.table if self.table is not None else family_of(self.model_type)
+
+    @property
+    def latent_dim(self) -> int:
+        """Elements that latent attention keeps of a token (compressed KV and rotary key, for all heads); else 0."""
+        return self.dims.get("kv_a_width", 0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -54,7 +74,7 @@ class ModelSpec:
             raise ConfigError(
                 f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             )
-        dims = {"hidden": hidden, "vocab": vocab}
+        dims = {"hidden": hidden, "vocab": vocab, "heads": num_heads}
         if latent:
             nope, rope = keys.count("qk_nope_head_dim"), keys.count("qk_rope_head_dim")
             head_dim, v_head_dim = nope + rope, keys.count("v_head_dim")
@@ -89,6 +109,7 @@ class ModelSpec:
             layer_kinds=layer_kinds,
             dims=dims,
             flags=flags,
+            windows=_windows(text, model_type, num_layers),
         )
 
 
@@ -100,6 +121,11 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping):
         raise ConfigError("config.json: 'text_config' is not an object")
     return text
+
+
+def _windows(text: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    found = windows_of(text, model_type, num_layers)
+    return found if any(found) else ()
 
 
 @dataclass(frozen=True)
@@ -139,13 +165,21 @@ class _Keys:
         raise ConfigError(f"config.json of a {self.model_type} model has none of {', '.join(_EXPERT_KEYS)}")
 
 
+def longest_position(config: Mapping[str, Any], model_type: str, most: int) -> int:
+    """`most`, or less where longer sequences would not be computed right. config: the text part."""
+    return _longest(_Keys(config, {}, model_type), most)
+
+
 def _max_position(keys: _Keys) -> int:
+    return _longest(keys, keys.count("max_position_embeddings"))
+
+
+def _longest(keys: _Keys, most: int) -> int:
     """The longest sequence that is computed right.
 
     longrope has two sets of frequencies and takes the long one when any position of a batch is past the original
     length, so a long sequence would change its neighbours' numbers: such a model is served up to its original length.
     """
-    most = keys.count("max_position_embeddings")
     declared = [keys.get("rope_parameters"), keys.get("rope_scaling")]
     ropes = [rope for rope in declared if isinstance(rope, Mapping)]
     ropes += [inner for rope in ropes for inner in rope.values() if isinstance(inner, Mapping)]  # one per layer type

@@ -122,6 +122,7 @@ def _plan(work: Work) -> Plan:
         prediction=predict_step(work, layout.loads, layout.kv.batch),
         encoding=options.encodings.name,
         kv_choices=layout.kv.choices,
+        ring_rows=layout.ring_rows,
     )
 
 

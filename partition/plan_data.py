@@ -9,9 +9,12 @@ from partition.encoding import EncodingChoice
 from partition.model_spec import ModelSpec
 
 Tier = Literal["device", "host", "nvme", "rows"]
-SAMPLING_BYTES_PER_LOGIT = 64  # sort (value, id) and the float64 distribution with its sums
-SAMPLING_BYTES = 16 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
+# logits as float and edited 8, sorted with their ids 12, float64 distribution 8, for typical_p distances and their sort
+# 32, a mask or two, scratch of a sort on a GPU 16
+SAMPLING_BYTES_PER_LOGIT = 80
+SAMPLING_BYTES = 20 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
 ATTENTION_SCORES = 1 << 20  # query rows × keys of one attention call; long prompts are attended in slices of rows
+LATENT_ELEMENTS = 1 << 24  # of what latent attention expands or absorbs at a time; it works in slices of this size
 ATTENTION_BYTES_PER_SCORE = 8  # the mask, as bool and as float
 ROW_STAGING_BYTES = 8 << 20  # pages that hold the rows of an embedding on disk; long prompts take several rounds
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -178,6 +181,8 @@ class Plan:
     """The frozen answer of the planner. `ranks[r].rank == r`.
 
     `encoding`: the at-rest encoding by name. `kv_choices`: what was weighed, fewest blocks first, one of them chosen.
+    `ring_rows[i]`: rows that layer i keeps of each of max_requests requests, 0 where it keeps blocks;
+    empty where all do.
     """
 
     name: str
@@ -197,6 +202,7 @@ class Plan:
     prediction: Prediction
     encoding: str = "float"
     kv_choices: tuple[KvChoice, ...] = ()
+    ring_rows: tuple[int, ...] = ()
 
     @property
     def num_kv_blocks(self) -> int:

@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from partition.errors import ConfigError
-from partition.families import family_of
+from partition.errors import ConfigError, UnsupportedModelError
 from partition.model_spec import ModelSpec
 
 Interval = tuple[int, int]
@@ -23,11 +22,13 @@ class Split:
     """Along `dim` the size is `blocks` equal consecutive parts, each cut by `axis`.
 
     A part's size divided by the axis' size is the number of elements of one axis position (e.g. head_dim).
+    `axes`: instead of equal parts one for each of these axes, which all have positions of the same width (q, k and v).
     """
 
     dim: int
     axis: str
     blocks: int = 1
+    axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,8 @@ class ParameterSpec:
     """One parameter, whole. `split` None: every rank has all of it.
 
     `once`: the bias of a row-parallel module: rank 0 keeps it and the others hold zeros, since the outputs are summed.
-    `dtype` None: the plan's dtype; a name: kept in that dtype whatever the plan's.
+    `dtype` None: the plan's dtype; a name: kept in that dtype whatever the plan's. `half_dtype` says the same for plans
+    in float16 alone. What is kept in is `dtype_in(the plan's dtype)`.
     """
 
     name: str
@@ -43,6 +45,16 @@ class ParameterSpec:
     split: Split | None = None
     once: bool = False
     dtype: str | None = None
+    half_dtype: str | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the family wants it more exact than the rest, in some dtype."""
+        return self.dtype is not None or self.half_dtype is not None
+
+    def dtype_in(self, dtype: str) -> str:
+        """Its dtype in a plan of `dtype`, by torch's name."""
+        return self.dtype or (self.half_dtype if dtype == "float16" else None) or dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +78,10 @@ class Collective:
     """What happens to a module's output on every tp rank.
 
     `all_reduce`: sum. `mask_all_reduce`: rows of foreign token ids give zero, then sum (exact). `gather_vocab`: the
-    ranks' vocabulary slices are joined in rank order. `module` has {i} for the layer; `layer_kinds` names the kinds of
-    layer that have the module, and is empty outside of layers.
+    ranks' vocabulary slices are joined in rank order. `norm_q_head`, `norm_kv_head`: the module is an RMS norm over the
+    width that the heads of all ranks have together: squares are summed over ranks. `local_heads`: the module reads
+    numbers of heads from its config, and is given one with this rank's. `module` has {i} for the layer; `layer_kinds`
+    names the kinds of layer that have the module, and is empty outside of layers.
     """
 
     module: str
@@ -77,10 +91,11 @@ class Collective:
 
 def units_of(spec: ModelSpec) -> tuple[UnitSpec, ...]:
     """All units in order of use. A tied head has its own copy of the embedding, named lm_head.weight."""
-    family = family_of(spec.model_type)
-    outer = {row["name"]: _parameter(spec, row, row["name"]) for row in family["outer"]}
-    embed = [parameter for name, parameter in outer.items() if name.startswith("model.embed_tokens.")]
-    head = [parameter for name, parameter in outer.items() if not name.startswith("model.embed_tokens.")]
+    family = spec.family
+    ends: dict[str, list[ParameterSpec]] = {"embed": [], "head": []}
+    for row in family["outer"]:
+        unit = row.get("unit") or ("embed" if row["name"].startswith("model.embed_tokens.") else "head")
+        ends[unit].append(_parameter(spec, row, row["name"]))
     tables = {
         kind: [row for row in rows if _holds(row.get("when", ()), spec.flags)]
         for kind, rows in family["layers"].items()
@@ -92,21 +107,25 @@ def units_of(spec: ModelSpec) -> tuple[UnitSpec, ...]:
         )
         for i, kind in enumerate(spec.layer_kinds)
     ]
-    return (UnitSpec(name="embed", parameters=tuple(embed)), *layers, UnitSpec(name="head", parameters=tuple(head)))
+    return (
+        UnitSpec(name="embed", parameters=tuple(ends["embed"])),
+        *layers,
+        UnitSpec(name="head", parameters=tuple(ends["head"])),
+    )
 
 
 def collectives_of(spec: ModelSpec) -> tuple[Collective, ...]:
     """Where the tensor-parallel ranks of a stage must talk."""
     return tuple(
         Collective(module=row["module"], kind=row["kind"], layer_kinds=tuple(row["layer_kinds"]))
-        for row in family_of(spec.model_type)["collectives"]
+        for row in spec.family["collectives"]
         if not row["layer_kinds"] or set(row["layer_kinds"]) & set(spec.layer_kinds)
     )
 
 
 def splits_attention(spec: ModelSpec) -> bool:
     """Whether ranks own different heads; where not, each of them computes all of attention and keeps all KV."""
-    return bool(family_of(spec.model_type)["attention"] == "heads")
+    return bool(spec.family["attention"] == "heads")
 
 
 def local_heads(spec: ModelSpec, cut: AxisCut, tp_rank: int) -> tuple[int, int]:
@@ -125,6 +144,11 @@ def cut_axes(spec: ModelSpec, tensor: int) -> AxisCut:
     """
     if tensor < 1:
         raise ConfigError(f"parallel.tensor must be at least 1, not {tensor}")
+    if tensor > 1 and spec.table is not None:
+        raise UnsupportedModelError(
+            f"parallel.tensor is {tensor}, but {spec.model_type} cannot be cut into tensor ranks here: use "
+            "parallel.tensor: 1, and parallel.pipeline for more ranks"
+        )
     dims = spec.dims
     sizes = {"vocab": dims["vocab"], "mlp": dims.get("inter"), "expert_mlp": dims.get("moe_inter")}
     sizes["shared_mlp"] = dims.get("shared_inter")
@@ -139,6 +163,8 @@ def shard_intervals(parameter: ParameterSpec, cut: AxisCut, tp_rank: int) -> tup
     split = parameter.split
     if split is None:
         return ()
+    if split.axes:
+        return _joined_intervals(parameter, split, cut, tp_rank)
     axis = cut.intervals[split.axis]
     part = parameter.shape[split.dim] // split.blocks
     size = max(end for _, end in axis)
@@ -146,6 +172,19 @@ def shard_intervals(parameter: ParameterSpec, cut: AxisCut, tp_rank: int) -> tup
         raise ValueError(f"{parameter.name} {parameter.shape}: {split} does not fit an axis of {size}")
     width, (start, end) = part // size, axis[tp_rank]
     return tuple((block * part + start * width, block * part + end * width) for block in range(split.blocks))
+
+
+def _joined_intervals(parameter: ParameterSpec, split: Split, cut: AxisCut, tp_rank: int) -> tuple[Interval, ...]:
+    sizes = [max(end for _, end in cut.intervals[axis]) for axis in split.axes]
+    width, rest = divmod(parameter.shape[split.dim], sum(sizes))
+    if rest:
+        raise ValueError(f"{parameter.name} {parameter.shape}: {split} does not fit axes of {sizes}")
+    found, first = [], 0
+    for axis, size in zip(split.axes, sizes, strict=True):
+        start, end = cut.intervals[axis][tp_rank]
+        found.append(((first + start) * width, (first + end) * width))
+        first += size
+    return tuple(found)
 
 
 def shard_shape(parameter: ParameterSpec, cut: AxisCut, tp_rank: int) -> tuple[int, ...]:
@@ -162,15 +201,16 @@ def _holds(conditions: Iterable[str], flags: dict[str, bool]) -> bool:
 
 
 def _parameter(spec: ModelSpec, row: dict[str, object], name: str) -> ParameterSpec:
-    split, shape, dtype = row.get("split"), row["shape"], row.get("dtype")
+    split, shape, dtype, half = row.get("split"), row["shape"], row.get("dtype"), row.get("half_dtype")
     if not isinstance(shape, list):
         raise TypeError(f"families.json: {name} has no shape")
     return ParameterSpec(
         name=name,
         shape=tuple(spec.dims[dim] for dim in shape),
-        split=Split(**split) if isinstance(split, dict) else None,
+        split=Split(**(split | {"axes": tuple(split.get("axes", ()))})) if isinstance(split, dict) else None,
         once=bool(row.get("once", False)),
         dtype=dtype if isinstance(dtype, str) else None,
+        half_dtype=half if isinstance(half, str) else None,
     )
 
 

@@ -21,6 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from dist_infer.model.adapter import kept_dtypes
+
 PARTITION = Path(__file__).resolve().parent.parent / "partition"
 TABLE = PARTITION / "families.json"
 OVERRIDES = PARTITION / "family_overrides.json"
@@ -37,6 +39,7 @@ FAMILIES = {
     "olmo2": "dense",
     "cohere2": "dense",
     "glm4": "dense",
+    "gpt_oss": "moe",
     "mixtral": "moe",
     "qwen3_moe": "sparse_step",
     "deepseek_v2": "first_k_dense",
@@ -75,6 +78,7 @@ DIMS = {
     "inter": 410,
     "2*inter": 820,
     "head_dim": 36,
+    "heads": 6,
     "q_width": 6 * 36,
     "kv_width": 3 * 36,
     "qkv_width": (6 + 2 * 3) * 36,
@@ -93,6 +97,7 @@ AXIS = {
     "vocab": "vocab",
     "inter": "mlp",
     "2*inter": "mlp",
+    "heads": "q_head",
     "q_width": "q_head",
     "kv_width": "kv_head",
     "moe_inter": "expert_mlp",
@@ -167,8 +172,10 @@ def build_family(family: str, rule: str, override: dict[str, Any]) -> dict[str, 
 
     seen: dict[str, dict[str, set[tuple[bool, ...]]]] = {}  # table ("outer" or layer kind) -> name -> variants
     shapes: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, dict[str, str]] = {}  # in float32 by the library, whatever half precision the model has
     for variant in itertools.product((False, True), repeat=len(flags)):
         model, kinds = build_model(family, rule, dict(zip(flags, variant, strict=True)))
+        exact = kept_dtypes(model)
         for name, tensor in model.state_dict().items():
             kind, pattern = "outer", name
             if name.startswith("model.layers."):
@@ -176,21 +183,21 @@ def build_family(family: str, rule: str, override: dict[str, Any]) -> dict[str, 
                 kind, pattern = kinds[layer], name.replace(f"model.layers.{layer}.", "model.layers.{i}.", 1)
             seen.setdefault(kind, {}).setdefault(pattern, set()).add(variant)
             shapes[pattern] = tuple(tensor.shape)
+            kept[pattern] = exact.get(name, {})
     plan = {**(model._tp_plan or {}), **override.get("plan", {})}
-    fp32 = model._keep_in_fp32_modules_strict or ()
 
     rows: dict[str, list[dict[str, Any]]] = {}
     collectives: list[dict[str, Any]] = []
     for kind, parameters in seen.items():
         for name, variants in parameters.items():
             row: dict[str, Any] = {"name": name, "shape": [dimension(size) for size in shapes[name]]}
-            row |= split_of(name, row["shape"], plan)
+            row |= override.get("rows", {}).get(name) or split_of(name, row["shape"], plan)
             if when := conditions(flags, variants):
                 row["when"] = when
-            if any(word in name for word in fp32):
-                row["dtype"] = "float32"
+            row |= kept[name]
             rows.setdefault(kind, []).append(row)
             add_collective(collectives, kind, name, row, plan)
+    collectives += override.get("collectives", [])
     layers = {kind: table for kind, table in rows.items() if kind != "outer"}
     split_rows = [row for table in layers.values() for row in table if row.get("split", {}).get("axis") == "q_head"]
     return {
@@ -225,7 +232,7 @@ def build_model(family: str, rule: str, flags: dict[str, bool]) -> tuple[Any, li
     if not flags.get("q_lora", True):
         values["q_lora_rank"] = None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values)), kinds
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values), dtype=torch.bfloat16), kinds
 
 
 def dimension(size: int) -> str:

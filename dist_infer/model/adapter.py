@@ -9,11 +9,14 @@ arguments, final norm, head, logit softcap). A step then is
     finish   forward with stubs that hand the last hidden states through: final norm -> head -> logits
 
 so that no hook hides the streaming loop. Private names used: `_init_weights`, `_is_hf_initialized`, `_parameters`,
-`_buffers`; transformers is pinned to the minors they were tried with.
+`_buffers`, `_get_dtype_plan`; transformers is pinned to the minors they were tried with.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,15 +29,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dist_infer.model import attention
+from dist_infer.model.latent_attention import keep_latent
+from dist_infer.model.sequence_cache import SequenceCache
 from offload.views import UnitWeights
 from partition.errors import UnsupportedModelError
 from partition.model_spec import ModelSpec
-from partition.sharding import collectives_of, cut_axes, units_of
+from partition.sharding import collectives_of, cut_axes, local_heads, units_of
 
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STUB_ATTRIBUTES = ("attention_type", "layer_type", "layer_idx", "is_sliding", "block_type", "self_attn_layer_type")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The key of DTYPES, and torch's own name."""
+    return str(dtype).removeprefix("torch.")
 
 
 class TensorParallel(Protocol):
@@ -76,22 +85,43 @@ def transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
             f"model_type {model_type!r}: the installed transformers has no causal LM of that name"
         )
     try:
-        result = CONFIG_MAPPING[model_type].from_dict({**text, "tie_word_embeddings": False})
+        result = CONFIG_MAPPING[model_type].from_dict({**_plain(text), "tie_word_embeddings": False})
     except Exception as error:  # the library's strict dataclasses raise many kinds
         raise UnsupportedModelError(f"config.json of {model_type!r} is refused by transformers: {error}") from error
     return result
 
 
-def meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The whole causal LM without a byte of weights (0.1 s for 671B parameters)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            transformers_config(config),
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            experts_implementation="eager",  # touches the routed experts only, one at a time
-        )
-    return model.eval().requires_grad_(False)
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: the library writes such numbers as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "packed", experts: str = "eager") -> Any:
+    """The whole causal LM without a byte of weights (0.1 s for 671B parameters).
+
+    path "fallback": with an attention of the library's own. experts: "eager" touches the routed experts only, one at a
+    time; "batched_mm" depends on no data and so runs on meta tensors.
+    """
+    wished = (attention.NAME, "sdpa", "eager") if path == "packed" else ("sdpa", "eager")
+    for implementation in wished:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    transformers_config(config),
+                    dtype=dtype,
+                    attn_implementation=implementation,
+                    experts_implementation=experts,
+                )
+        except (KeyError, ValueError) as error:  # a class without an interface for it
+            failure = error
+            continue
+        model.config.pad_token_id = None  # or forward looks for padding in every step, and waits for a GPU to answer
+        return model.eval().requires_grad_(False)
+    raise UnsupportedModelError(f"transformers cannot build {config.get('model_type')!r}: {failure}") from failure
 
 
 def check_parameters(spec: ModelSpec, model: Any) -> None:
@@ -106,6 +136,25 @@ def check_parameters(spec: ModelSpec, model: Any) -> None:
             f"{spec.model_type} with this config has parameters the partition table does not describe, so it would not "
             f"be cut correctly: {'; '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
         )
+
+
+def kept_dtypes(model: Any) -> dict[str, dict[str, str]]:
+    """What the library keeps in float32 when it loads a half-precision model: parameter -> fields of its table row.
+
+    `model` has to be built in bfloat16: a parameter that the class makes in float32 itself shows by its dtype.
+    """
+    found: dict[str, dict[str, str]] = {}
+    plans = {
+        key: [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+        for key, dtype in (("dtype", torch.bfloat16), ("half_dtype", torch.float16))
+    }
+    for name, tensor in model.state_dict().items():
+        own = [key for key, patterns in plans.items() if any(pattern.search(name) for pattern in patterns)]
+        if tensor.dtype == torch.float32 or "dtype" in own:
+            found[name] = {"dtype": "float32"}
+        elif own:
+            found[name] = {"half_dtype": "float32"}
+    return found
 
 
 class StageModel:
@@ -128,16 +177,24 @@ class StageModel:
         group: TensorParallel,
     ) -> None:
         self.first_layer, self.end_layer, self.num_layers = first_layer, end_layer, spec.num_layers
-        model = meta_model(config, dtype)
+        model = meta_model(config, dtype, path=spec.path)
         check_parameters(spec, model)
         self._model = model
+        self._vocab_size = spec.vocab_size
+        arguments = inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache_params" if "cache_params" in arguments else "past_key_values"
+        self._takes_positions = "position_ids" in arguments
         self._group = group
-        self._tape = _Tape(first_layer, end_layer)
+        self._tape = _Tape(first_layer, end_layer, spec.family.get("layer_outputs", 0))
         self._places = _parameter_places(spec, model)
         self._bound: dict[str, UnitWeights] = {}
         _restore_buffers(model, device)
         layers = _find_layers(model, spec.num_layers)
+        self._replace_outer(spec)
         self._layers = {i: layers[i] for i in range(first_layer, end_layer)}
+        if spec.latent_dim:
+            for layer in self._layers.values():
+                keep_latent(layer)
         if group.size > 1:
             self._install_collectives(spec, tp_rank)
         self._replace_embedding(spec, tp_rank)
@@ -163,10 +220,30 @@ class StageModel:
             place[leaf] = tensors[name]
         self._bound[unit] = tensors
 
-    def begin(self, token_ids: torch.Tensor, position_ids: torch.Tensor, hidden: torch.Tensor | None) -> LayerCalls:
-        """Everything before the first owned layer. token_ids, position_ids: [1, T]; hidden [1, T, H] unless first."""
+    @property
+    def config(self) -> Any:
+        """The library's config object: what its caches are made from."""
+        return self._model.config
+
+    def begin(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+        cache: SequenceCache | None = None,
+    ) -> LayerCalls:
+        """Everything before the first owned layer. token_ids, position_ids: [1, T]; hidden [1, T, H] unless first.
+
+        cache: of the one sequence in the row, on the fallback path; the layers get it with their arguments.
+        """
+        own: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            cache.num_computed = int(position_ids[0, 0])
+            own = {"use_cache": True, self._cache_argument: cache}
+        if self._takes_positions:
+            own["position_ids"] = position_ids
         with self._tape.recording(hidden), suppress(_EndOfStage):
-            self._model(input_ids=token_ids, position_ids=position_ids, use_cache=False)
+            self._model(input_ids=token_ids, **own)
         entry = self._tape.entry if hidden is None else hidden
         if entry is None:
             raise RuntimeError("the model's forward never reached the first layer of this stage")
@@ -180,15 +257,17 @@ class StageModel:
 
     def finish(self, calls: LayerCalls, rows: torch.Tensor) -> torch.Tensor:
         """Final norm and head on the given rows of the packed row: logits [len(rows), vocab] (whole on tp_rank 0)."""
-        with self._tape.passing(calls.hidden):
-            output = self._model(
-                input_ids=calls.token_ids, position_ids=calls.position_ids, use_cache=False, logits_to_keep=rows
-            )
+        if rows.numel() == 0:  # nobody wants a token of these
+            return calls.hidden.new_empty(0, self._vocab_size)
+        own = {"position_ids": calls.position_ids[:, rows]} if self._takes_positions else {}
+        with self._tape.passing(calls.hidden[:, rows]):
+            output = self._model(input_ids=calls.token_ids[:, rows], use_cache=False, **own)
         logits: torch.Tensor = output.logits[0]
         return logits
 
     def _install_collectives(self, spec: ModelSpec, tp_rank: int) -> None:
         cut = cut_axes(spec, self._group.size)
+        heads = local_heads(spec, cut, tp_rank)
         widths = tuple(end - first for first, end in cut.intervals["vocab"])
         for collective in collectives_of(spec):
             if collective.kind == "mask_all_reduce":
@@ -200,7 +279,23 @@ class StageModel:
             for index in self._layers:
                 if spec.layer_kinds[index] in collective.layer_kinds:
                     module = self._model.get_submodule(collective.module.replace("{i}", str(index)))
+                    if collective.kind == "local_heads":
+                        _give_heads(module, *heads)
+                        continue
+                    if collective.kind.startswith("norm_"):
+                        axis = cut.intervals[collective.kind.removeprefix("norm_")]
+                        module.forward = _WholeNorm(module, self._group, axis, tp_rank)
+                        continue
                     module.register_forward_hook(lambda _m, _a, output: self._group.all_reduce(output))
+
+    def _replace_outer(self, spec: ModelSpec) -> None:
+        """What else comes before the layers has weights on the first stage alone: elsewhere it hands through."""
+        embedding = self._model.get_input_embeddings()
+        for owner in {parameter.name.rpartition(".")[0] for parameter in units_of(spec)[0].parameters}:
+            module = self._model.get_submodule(owner)
+            if module is not embedding:
+                parent, _, attribute = owner.rpartition(".")
+                setattr(self._model.get_submodule(parent), attribute, _FirstStageOnly(module, self._tape))
 
     def _replace_embedding(self, spec: ModelSpec, tp_rank: int) -> None:
         embedding = self._model.get_input_embeddings()
@@ -211,6 +306,33 @@ class StageModel:
         setattr(self._model.get_submodule(parent), attribute, _Embedding(embedding, rows, self._group, self._tape))
 
 
+def _give_heads(attention_module: Any, num_heads: int, num_kv_heads: int) -> None:
+    """A config of its own with this rank's heads, for attention that splits a joint projection by it."""
+    attention_module.config = copy.copy(attention_module.config)
+    attention_module.config.num_attention_heads = num_heads
+    attention_module.config.num_key_value_heads = attention_module.num_key_value_heads = num_kv_heads
+
+
+class _WholeNorm:
+    """In the place of an RMS norm's forward whose width is all heads: this rank has its own, and the squares of all.
+
+    Ranks that share a KV head all have its squares: each gives its part.
+    """
+
+    def __init__(self, module: Any, group: TensorParallel, axis: tuple[tuple[int, int], ...], tp_rank: int) -> None:
+        self._module, self._group = module, group
+        first, end = axis[tp_rank]
+        self._part = 1 / axis.count(axis[tp_rank])
+        self._scale = (end - first) / max(last for _, last in axis)  # of the whole width that is here
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        squares = self._group.all_reduce(x.pow(2).sum(-1, keepdim=True) * self._part)
+        variance = squares * (self._scale / x.shape[-1])
+        normed: torch.Tensor = self._module.weight * (x * torch.rsqrt(variance + self._module.variance_epsilon))
+        return normed.to(hidden_states.dtype)
+
+
 class _EndOfStage(Exception):
     """Leaves the model's forward once the last owned layer's arguments are known."""
 
@@ -218,12 +340,17 @@ class _EndOfStage(Exception):
 class _Tape:
     """What the stubs do at the moment: record arguments (begin), or hand hidden states through (finish)."""
 
-    def __init__(self, first: int, end: int) -> None:
+    def __init__(self, first: int, end: int, num_outputs: int) -> None:
         self.first, self.end = first, end
         self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self.entry: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None  # stands for the embedding's output where that is not computed
         self.passing_through = False
+        self._num_outputs = num_outputs
+
+    def output(self, hidden: Any) -> Any:
+        """In the form in which the layers of this class return it."""
+        return (hidden, *[None] * (self._num_outputs - 1)) if self._num_outputs else hidden
 
     @contextmanager
     def recording(self, hidden: torch.Tensor | None) -> Iterator[None]:
@@ -242,15 +369,17 @@ class _Stub(nn.Module):
 
     def __init__(self, original: nn.Module, index: int, tape: _Tape) -> None:
         super().__init__()
-        for name in _STUB_ATTRIBUTES:
-            if hasattr(original, name):
-                setattr(self, name, getattr(original, name))
         self._index, self._tape = index, tape
+        self.__dict__["_original"] = original  # not as a submodule: its layers are the stage's
+
+    def __getattr__(self, name: str) -> Any:
+        """What model code asks of a layer (attention_type, layer_idx, block_type, …) is asked of the layer."""
+        return getattr(self.__dict__["_original"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tape = self._tape
         if tape.passing_through:
-            return tape.hidden
+            return tape.output(tape.hidden)
         if args:
             hidden, positional = args[0], args[1:]
         else:
@@ -261,7 +390,20 @@ class _Stub(nn.Module):
             tape.calls[self._index] = (positional, kwargs)
         if self._index == tape.end - 1:
             raise _EndOfStage
-        return hidden
+        return tape.output(hidden)
+
+
+class _FirstStageOnly(nn.Module):
+    """Position embeddings, a norm or projection of embeddings: done once, where the embedding is."""
+
+    def __init__(self, original: nn.Module, tape: _Tape) -> None:
+        super().__init__()
+        self.original, self._tape = original, tape
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._tape.hidden is not None:
+            return self._tape.hidden
+        return self.original(*args, **kwargs)
 
 
 class _Embedding(nn.Module):
@@ -271,6 +413,12 @@ class _Embedding(nn.Module):
         super().__init__()
         self.original = original
         self._rows, self._group, self._tape = rows, group, tape
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # model code asks an embedding for its weight's device
+            return getattr(super().__getattr__("original"), name)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._tape.hidden is not None:
@@ -284,7 +432,7 @@ class _Embedding(nn.Module):
         return self._group.all_reduce(output.masked_fill(foreign[..., None], 0))
 
 
-def _layers_name(model: Any, num_layers: int) -> str:
+def layers_name(model: Any, num_layers: int) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.endswith(("layers", "h", "blocks")):
             return str(name)
@@ -292,7 +440,7 @@ def _layers_name(model: Any, num_layers: int) -> str:
 
 
 def _find_layers(model: Any, num_layers: int) -> nn.ModuleList:
-    layers = model.get_submodule(_layers_name(model, num_layers))
+    layers = model.get_submodule(layers_name(model, num_layers))
     if not isinstance(layers, nn.ModuleList):
         raise RuntimeError("decoder layers are no ModuleList")
     return layers

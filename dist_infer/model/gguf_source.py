@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_infer.model.adapter import DTYPES
+from dist_infer.model.adapter import DTYPES, name_of
 from dist_infer.model.checkpoint_files import CheckpointFiles
 from dist_infer.model.gguf_blocks import Codes, can_dequantise, codes_of, floats_of
 from dist_infer.model.gguf_tiles import scales_fit, tiles_of
@@ -78,7 +78,7 @@ class GgufReader:
     def parts(self, parameter: ParameterSpec, cut: AxisCut, wanted: Sequence[Wanted]) -> list[Stored]:
         entries = [self._index.tensors[name] for name in self._sources[parameter.name]]
         self._check_shapes(parameter, entries)
-        dtype = self._dtype if parameter.dtype is None else DTYPES[parameter.dtype]
+        dtype = DTYPES[parameter.dtype_in(name_of(self._dtype))]
         stored = [self._read(entry) for entry in entries]
         if len(parameter.shape) < 2:
             whole = self._vector(stored[0]).to(dtype)

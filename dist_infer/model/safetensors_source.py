@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dist_infer.model.adapter import DTYPES
+from dist_infer.model.adapter import DTYPES, name_of
 from dist_infer.model.checkpoint_files import CheckpointFiles
 from dist_infer.model.shards import Stored, Wanted, kept_as, shard_tensor
 from partition.checkpoint_index import CheckpointIndex, TensorEntry
@@ -42,13 +43,15 @@ class SafetensorsReader:
                 targets = [stem + t for t in converter.target_patterns] if stem != target else [target]
             for name in targets:
                 self._sources.setdefault(name, []).append(key)
-        embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
-        self._tied = {"lm_head.weight": embedding} if "lm_head.weight" not in self._sources else {}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        embedding = names[id(model.get_input_embeddings().weight)]
+        self._head = names[id(model.get_output_embeddings().weight)]
+        self._tied = {self._head: embedding} if self._head not in self._sources else {}
 
     def require(self, names: set[str]) -> None:
         missing = sorted(n for n in names if self._tied.get(n, n) not in self._sources)
-        if "lm_head.weight" in self._tied and not self._spec.tied:
-            missing.append("lm_head.weight")
+        if self._tied and not self._spec.tied:
+            missing.append(self._head)
         if missing:
             raise CheckpointError(
                 f"{self._index.path} lacks tensor {missing[0]}"
@@ -57,10 +60,7 @@ class SafetensorsReader:
             )
 
     def parts(self, parameter: ParameterSpec, cut: AxisCut, wanted: Sequence[Wanted]) -> list[Stored]:
-        if parameter.dtype is not None:  # kept more exact than the rest: not by way of the model's dtype
-            whole = self._stored(self._index.tensors[self._sources[parameter.name][0]]).to(DTYPES[parameter.dtype])
-        else:
-            whole = self._converted(parameter.name)
+        whole = self._converted(parameter.name, DTYPES[parameter.dtype_in(name_of(self._dtype))])
         if tuple(whole.shape) != parameter.shape:
             raise CheckpointError(
                 f"{self._index.path}: tensor {parameter.name} has shape {list(whole.shape)}, "
@@ -76,19 +76,20 @@ class SafetensorsReader:
         keys = self._sources[self._tied.get(name, name)]
         return ", ".join(sorted({self._index.tensors[key].file for key in keys}))
 
-    def _converted(self, name: str) -> torch.Tensor:
+    def _converted(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         target = self._tied.get(name, name)
         stored = {key: self._stored(self._index.tensors[key]) for key in sorted(self._sources[target])}
         keys = list(stored)[:3]
+        # Kept more exact than the rest: not by way of the model's dtype.
+        exact = {f"^{re.escape(target)}$": dtype} if dtype != self._dtype else {}
         # The library puts the result into the model; it is taken out again, and the meta parameter put back.
         place, leaf, meta = _place(self._model, target)
         with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(
-                self._model, stored, LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype), None
-            )
+            wanted = LoadStateDictConfig(weight_mapping=self._mapping, dtype=self._dtype, dtype_plan=exact)
+            info, _ = convert_and_load_state_dict_in_model(self._model, stored, wanted, None)
         if info.conversion_errors or info.mismatched_keys:
             problem = next(iter(info.conversion_errors.items()), None) or next(iter(info.mismatched_keys))
             raise CheckpointError(f"{self._index.path}: tensor does not fit the model: {problem}")
@@ -96,7 +97,7 @@ class SafetensorsReader:
         if tensor is None or tensor.is_meta:
             raise CheckpointError(f"{self._index.path}: tensor {target} could not be made from {keys}")
         place[leaf] = meta
-        result: torch.Tensor = tensor.detach().to(self._dtype)
+        result: torch.Tensor = tensor.detach().to(dtype)
         return result
 
     def _stored(self, entry: TensorEntry) -> torch.Tensor:

@@ -41,7 +41,7 @@ class CheckpointSource:
         self._tp_ranks, self._encodings = tuple(tp_ranks), encodings
         self._cut = cut_axes(spec, tensor)
         self._units = {unit.name: unit for unit in units_of(spec)}
-        model = meta_model(index.config, dtype)
+        model = meta_model(index.config, dtype, path=spec.path)
         check_parameters(spec, model)
         self.reader: ParameterReader
         if index.kind == "gguf":

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from dist_infer.messages import SampledToken, StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
+from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
 from dist_infer.worker import collectives
 from dist_infer.worker.pass_log import PassLog
 from dist_infer.worker.setup import WorkerSetup
@@ -81,7 +81,7 @@ class RankHost:
     def step(self, plan: StepPlan) -> StepResult | None:
         """One step through the stages here. The result on tp_rank 0 of the last stage, None elsewhere."""
         hidden: torch.Tensor | None = None
-        tokens: list[SampledToken] = []
+        result: StepResult | None = None
         for stage in self._stages:
             if hidden is None and not stage.model.is_first:
                 if self._link is None:
@@ -92,14 +92,14 @@ class RankHost:
             if isinstance(output, torch.Tensor):
                 hidden = output
             else:
-                tokens = output
+                result = output
         last = self._stages[-1]
         if not last.model.is_last:
             if self._link is None or hidden is None:
                 raise RuntimeError("no link to the stage after")
             self._link.send(hidden)
             return None
-        return StepResult(plan.step_id, tuple(tokens)) if last.rank_plan.tp_rank == 0 else None
+        return result if last.rank_plan.tp_rank == 0 else None
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
         return tuple(stage.stream_report() for stage in self._stages)
@@ -116,9 +116,7 @@ class RankHost:
         collectives.disconnect()
         self._store = None
 
-    def _run(
-        self, stage: StageRunner, plan: StepPlan, hidden: torch.Tensor | None
-    ) -> torch.Tensor | list[SampledToken]:
+    def _run(self, stage: StageRunner, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | StepResult:
         log = self._logs.get(stage.rank_plan.rank)
         if log is None:
             return stage.run(plan, hidden)

@@ -13,12 +13,24 @@ from pathlib import Path
 
 import torch
 
-from dist_infer.messages import SampledToken, StepPlan, StreamReport, WorkerReport
+from dist_infer.messages import (
+    Chunk,
+    PromptLogprobs,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    StreamReport,
+    WorkerReport,
+)
 from dist_infer.model.adapter import DTYPES, LayerCalls, StageModel, TensorParallel
-from dist_infer.model.attention import KVCache, use_batch
+from dist_infer.model.batch_view import use_batch
+from dist_infer.model.kv_cache import KVCache
+from dist_infer.model.sequence_cache import SequenceCaches, alone
+from dist_infer.worker.prompt_logprobs import prompt_spans, score
 from dist_infer.worker.request_table import RequestTable
 from dist_infer.worker.sampler import sample
 from dist_infer.worker.setup import WorkerSetup, store_key
+from dist_infer.worker.token_history import TokenHistories
 from offload import kernels
 from offload.format import open_store
 from offload.readers.choose import make_reader
@@ -27,8 +39,9 @@ from offload.streamer import Streamer
 from offload.timeline import Timeline
 from offload.views import Kept
 from partition.errors import UnsupportedModelError
+from partition.kv_layout import layers_kv
 from partition.plan import Plan
-from partition.sharding import cut_axes, local_heads
+from partition.sharding import cut_axes
 
 ROW_THREADS = 8  # a row read waits for what the disk is busy with: many wait at a time
 ROW_BLOCK_BYTES = 64 << 10
@@ -63,17 +76,22 @@ class StageRunner:
             tp_rank=ours.tp_rank,
             group=group,
         )
-        _, num_kv_heads = local_heads(spec, cut_axes(spec, plan.tensor), ours.tp_rank)
+        kept = layers_kv(spec, cut_axes(spec, plan.tensor), ours.tp_rank, plan.ring_rows)
+        own_layers = range(ours.first_layer, ours.end_layer)
+        self._sequences = SequenceCaches(self.model.config, own_layers) if spec.path != "packed" else None
+        self._stepwise = spec.path == "stepwise"
         self._cache = KVCache(
-            range(ours.first_layer, ours.end_layer),
+            {} if spec.path != "packed" else {layer: kept[layer] for layer in own_layers},
             ours.num_kv_blocks * plan.block_tokens,
-            num_kv_heads,
-            spec.head_dim,
-            spec.v_head_dim,
+            plan.max_requests,
             self.dtype,
             self.device,
         )
-        self._table = RequestTable(plan.block_tokens, ours.num_kv_blocks, self.device)
+        num_slots = plan.max_requests if any(plan.ring_rows) else 0
+        self._table = RequestTable(plan.block_tokens, ours.num_kv_blocks, self.device, num_slots)
+        self._draws = self.model.is_last and ours.tp_rank == 0
+        self._histories = TokenHistories()
+        self._most_rows = plan.max_requests  # of logits at one time, as the plan has it
         self._units = [unit.name for unit in ours.units]
         manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
         self._encoded = any(array.encoded for blob in manifest.blobs for array in blob.tensors)
@@ -115,28 +133,39 @@ class StageRunner:
         self._load_s = time.monotonic() - started
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | list[SampledToken]:
+    def run(self, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | StepResult:
         """One step. hidden [1, tokens of the step, H] from the stage before; None on the first.
 
-        Returns hidden states of the same shape, or on the last stage the sampled tokens (empty unless tp_rank 0).
+        Returns hidden states of the same shape, or on the last stage the result (empty unless tp_rank 0).
         """
         started, communicated = time.monotonic(), self._group.seconds
-        self._table.apply(plan)
-        batches = [self._table.micro_batch(chunks) for chunks in plan.micro_batches]
+        self._take_in(plan)
+        micro_batches = plan.micro_batches
+        if self._sequences is not None:  # each sequence by itself, over its own cache
+            micro_batches = tuple(
+                single for chunks in micro_batches for single in alone(chunks, stepwise=self._stepwise)
+            )
+        caches = [self._sequences.of(chunks) if self._sequences is not None else None for chunks in micro_batches]
+        batches = [self._table.micro_batch(chunks) for chunks in micro_batches]
         sizes = [batch.token_ids.shape[1] for batch in batches]
         calls: list[LayerCalls] = []
         tokens: list[SampledToken] = []
+        prompt_logprobs: list[PromptLogprobs] = []
         if hidden is not None:
-            for batch, part in zip(batches, torch.split(hidden, sizes, dim=1), strict=True):
-                calls.append(self.model.begin(batch.token_ids, batch.position_ids, part))
+            for batch, part, cache in zip(batches, torch.split(hidden, sizes, dim=1), caches, strict=True):
+                calls.append(self.model.begin(batch.token_ids, batch.position_ids, part, cache))
         layer = self.rank_plan.first_layer
         for index, unit in enumerate(self._units):
             self.model.bind(unit, self._streamer.wait(index))
             if unit == "embed":
-                calls = [self.model.begin(batch.token_ids, batch.position_ids, None) for batch in batches]
+                calls = [
+                    self.model.begin(batch.token_ids, batch.position_ids, None, cache)
+                    for batch, cache in zip(batches, caches, strict=True)
+                ]
             elif unit == "head":
-                for batch, call in zip(batches, calls, strict=True):
+                for chunks, batch, call in zip(micro_batches, batches, calls, strict=True):
                     tokens += self._sample(batch.sample_requests, self.model.finish(call, batch.sample_rows))
+                    prompt_logprobs += self._score_prompts(chunks, call)
             else:
                 for batch, call in zip(batches, calls, strict=True):
                     with use_batch(batch.view, self._cache):
@@ -147,7 +176,9 @@ class StageRunner:
         self._num_tokens += sum(sizes)
         self._communication_s += self._group.seconds - communicated  # the group serves other stages, too
         self._busy_s += time.monotonic() - started
-        return tokens if self.model.is_last else torch.cat([call.hidden for call in calls], dim=1)
+        if self.model.is_last:
+            return StepResult(plan.step_id, tuple(tokens), tuple(prompt_logprobs))
+        return torch.cat([call.hidden for call in calls], dim=1)
 
     def worker_report(self, host: str, pid: int, rss_bytes: int) -> WorkerReport:
         plan = self.rank_plan
@@ -192,11 +223,41 @@ class StageRunner:
         if self._row_reader is not None:
             self._row_reader.close()
 
+    def _take_in(self, plan: StepPlan) -> None:
+        """What the ranks know from now on, and the rows a fork does not share with its origin."""
+        self._table.apply(plan)
+        if self._sequences is not None:
+            self._sequences.drop(plan.finished)
+        if self._draws:
+            self._histories.apply(plan)
+        for new in plan.new:
+            if new.fork_of is None:
+                continue
+            copies = self._table.fork(new)
+            if copies.rows is not None:
+                self._cache.copy_rows(*copies.rows)
+            if copies.slots is not None:
+                self._cache.copy_slot(*copies.slots)
+
     def _sample(self, request_ids: tuple[str, ...], logits: torch.Tensor) -> list[SampledToken]:
-        if self.rank_plan.tp_rank != 0 or not request_ids:
+        if not self._draws or not request_ids:
             return []
         rows = [self._table.sampling(request_id) for request_id in request_ids]
-        return sample(logits, request_ids, [spec for spec, _ in rows], [position for _, position in rows])
+        histories = self._histories.of(request_ids)
+        return sample(logits, request_ids, [spec for spec, _ in rows], [position for _, position in rows], histories)
+
+    def _score_prompts(self, chunks: tuple[Chunk, ...], call: LayerCalls) -> list[PromptLogprobs]:
+        found = [
+            score(
+                span,
+                lambda rows: self.model.finish(call, rows),
+                most_rows=self._most_rows,
+                device=self.device,
+                answers=self._draws,
+            )
+            for span in prompt_spans(chunks, self._table)
+        ]
+        return [logprobs for logprobs in found if logprobs is not None]
 
     def _check_layers(self) -> None:
         """A layer that never used the KV cache is computed wrongly on this path: refuse, once, at the first step."""

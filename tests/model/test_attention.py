@@ -11,11 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_infer.messages import Chunk, NewRequest, RequestDiff, SamplingSpec, StepPlan
-from dist_infer.model.attention import BatchView, KVCache, SequenceSpan, paged_attention, use_batch
+from dist_infer.model.attention import paged_attention
+from dist_infer.model.batch_view import BatchView, SequenceSpan, use_batch
+from dist_infer.model.kv_cache import KVCache
 from dist_infer.worker.request_table import RequestTable
+from partition.kv_layout import LayerKV
 
 CPU = torch.device("cpu")
 LAYER = SimpleNamespace(layer_idx=3, sliding_window=2)  # the attribute lies: only the keyword counts
+
+
+def heads_of(num_heads: int, key_dim: int, value_dim: int, window: int | None = None, ring_rows: int = 0) -> LayerKV:
+    return LayerKV(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, window=window, ring_rows=ring_rows)
+
+
+def cache_of(
+    kind: LayerKV, num_rows: int, *layers: int, num_slots: int = 0, dtype: torch.dtype = torch.float32
+) -> KVCache:
+    return KVCache(dict.fromkeys(layers, kind), num_rows, num_slots, dtype, CPU)
 
 
 def plain(
@@ -55,9 +68,13 @@ def compare(
     with_sinks: bool = False,
     scaling: float | None = None,
     scattered: bool = False,
+    in_rings: bool = False,
     seed: int = 0,
-) -> None:
-    """Sequences of `lengths`, computed in chunks of these sizes (again and again), all of a step in one packed row."""
+) -> list[torch.Tensor]:
+    """Sequences of `lengths`, computed in chunks of these sizes (again and again), all of a step in one packed row.
+
+    in_rings: rows in rings as small as the planner makes them. Returns what was found, [length, Hq, Dv] each.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -67,11 +84,14 @@ def compare(
     blocks_each = [-(-length // block) for length in lengths]
     pool = list(range(sum(blocks_each) + 2))
     if scattered:
-        pool = [pool[i] for i in torch.randperm(len(pool), generator=generator).tolist()]
-    table = RequestTable(block, len(pool), CPU)
-    cache = KVCache([2, 3], len(pool) * block, num_kv_heads, *dims, torch.float32, CPU)
-    cache.keys.fill_(1e4)  # a row that is read without having been written shows
-    cache.values.fill_(1e4)
+        pool = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
+    slots = len(lengths) if in_rings else 0
+    table = RequestTable(block, len(pool), CPU, slots)
+    rows = (window or 0) + max(min(size, max(lengths)) for size in chunks) if in_rings else 0
+    kind = heads_of(num_kv_heads, *dims, window if in_rings else None, rows)
+    cache = cache_of(kind, len(pool) * block, 2, 3, num_slots=slots)
+    for stored in cache.pools(3):
+        stored.fill_(1e4)  # a row that is read without having been written shows
     sequences = [
         (normal(n, num_heads, dims[0]), normal(n, num_kv_heads, dims[0]), normal(n, num_kv_heads, dims[1]))
         for n in lengths
@@ -122,6 +142,7 @@ def compare(
         step += 1
     for sequence, rows in zip(sequences, found, strict=True):
         torch.testing.assert_close(rows.double(), plain(*sequence, scale, window, softcap, sinks), rtol=1e-4, atol=1e-5)
+    return found
 
 
 @pytest.mark.parametrize("scattered", [False, True], ids=["consecutive", "scattered"])
@@ -173,19 +194,70 @@ def test_long_prompts_are_attended_in_slices(options: dict[str, Any], monkeypatc
     compare([11, 6], [7, 3], scattered=True, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.7}, {"with_sinks": True}, {"dims": (8, 5)}], ids=str)
+@pytest.mark.parametrize("chunks", [[100], [1], [3, 1], [5, 4, 1]], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_ring_gives_the_bits_of_paged_rows(window: int, chunks: list[int], options: dict[str, Any]) -> None:
+    """Contexts of several windows, so that every row is overwritten, at chunk borders that wrap in the middle."""
+    lengths = [31, 2, 17]
+    ring = compare(lengths, chunks, window=window, in_rings=True, **options)
+    paged = compare(lengths, chunks, window=window, scattered=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(ring, paged, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=4),
+    chunks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    window=st.integers(1, 13),
+    seed=st.integers(0, 1000),
+)
+def test_rings_of_any_shape(lengths: list[int], chunks: list[int], window: int, seed: int) -> None:
+    compare(lengths, chunks, window=window, in_rings=True, seed=seed)
+
+
+@pytest.mark.parametrize("asked", [None, 4])
+def test_a_call_that_looks_further_back_than_the_ring_is_an_error(asked: int | None) -> None:
+    """Other positions' rows would be read in place of those that are gone: a wrong number without a word."""
+    cache = cache_of(heads_of(1, 2, 2, window=3, ring_rows=5), 0, 3, num_slots=1)
+    view = BatchView(torch.tensor([0]), (SequenceSpan(0, 1, 1, slice(0, 1)),), torch.tensor([[0], [0]]))
+    ones = torch.ones(1, 1, 1, 2)
+    with use_batch(view, cache):
+        paged_attention(LAYER, ones, ones, ones, sliding_window=3)
+        with pytest.raises(RuntimeError, match="keeps the last 3 positions, but the model class attends to"):
+            paged_attention(LAYER, ones, ones, ones, sliding_window=asked)
+
+
+def test_rows_and_rings_are_copied_where_they_are_kept() -> None:
+    """A request that goes on from another's prompt needs both; the copy goes to all layers of its kind only."""
+    kinds = {0: heads_of(1, 2, 3), 1: heads_of(1, 2, 3, window=2, ring_rows=3)}
+    cache = KVCache(kinds, 8, 2, torch.float32, CPU)
+    for layer in kinds:
+        for pool in cache.pools(layer):
+            pool.copy_(torch.arange(pool.shape[0])[:, None, None].expand_as(pool))
+    cache.copy_rows(slice(0, 2), torch.tensor([6, 4]))
+    cache.copy_slot(1, 0)
+    for pool in cache.pools(0):
+        assert pool[:, 0, 0].tolist() == [0, 1, 2, 3, 1, 5, 0, 7]
+    for pool in cache.pools(1):
+        assert pool[:, 0, 0].tolist() == [3, 4, 5, 3, 4, 5]
+    with pytest.raises(RuntimeError, match="KV ring 2 of 2"):
+        cache.copy_slot(0, 2)
+
+
 def test_rows_of_other_sequences_are_left_alone() -> None:
-    cache = KVCache([3], 8, 1, 2, 2, torch.float32, CPU)
+    cache = cache_of(heads_of(1, 2, 2), 8, 3)
     view = BatchView(torch.tensor([5]), (SequenceSpan(0, 1, 1, slice(5, 6)),))
     ones = torch.ones(1, 1, 1, 2)
     with use_batch(view, cache):
         paged_attention(LAYER, ones, ones, ones)
-    assert cache.keys[0, :, 0, 0].nonzero().flatten().tolist() == [5]
-    assert cache.values[0, :, 0, 0].nonzero().flatten().tolist() == [5]
+    for pool in cache.pools(3):
+        assert pool[:, 0, 0].nonzero().flatten().tolist() == [5]
 
 
 def test_layers_have_pools_of_their_own_and_unused_ones_are_known() -> None:
     """A layer that never came here was computed by somebody else's attention, without our cache."""
-    cache = KVCache([2, 3, 4], 4, 1, 2, 3, torch.bfloat16, CPU)
+    cache = cache_of(heads_of(1, 2, 3), 4, 2, 3, 4, dtype=torch.bfloat16)
     assert cache.num_bytes == 3 * 4 * 1 * (2 + 3) * 2
     cache.pools(3)[0].fill_(1)
     assert cache.untouched() == [2, 4]
@@ -195,7 +267,7 @@ def test_layers_have_pools_of_their_own_and_unused_ones_are_known() -> None:
 
 def test_outside_of_a_step_it_refuses_and_a_step_ends_with_an_error_too() -> None:
     ones = torch.ones(1, 1, 1, 2)
-    cache = KVCache([3], 4, 1, 2, 2, torch.float32, CPU)
+    cache = cache_of(heads_of(1, 2, 2), 4, 3)
     with pytest.raises(ZeroDivisionError), use_batch(BatchView(torch.tensor([0]), ()), cache):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="outside of a step"):
