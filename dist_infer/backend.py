@@ -12,7 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, Protocol
 
-from dist_infer.config import ClusterConfig, ReaderKind
+from dist_infer.config import ClusterConfig
+from dist_infer.config_types import ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.worker.setup import StoreLocation, WorkerSetup
 from offload.machine import cores

@@ -28,7 +28,8 @@ class CompletionOutput:
     `text` holds neither stop strings nor the token that ended it; `token_ids` does end with that token.
     `finish_reason`: "stop" is the end-of-sequence token (`stop_reason` None), a stop token (its id) or a stop string
     (that string); "length" is max_tokens or the model length; None: not finished. `logprobs` has one entry for each of
-    `token_ids`, None when not asked for.
+    `token_ids`, None when not asked for; `cumulative_logprob` is the sum of the chosen tokens', where those were
+    computed.
     """
 
     index: int
@@ -37,11 +38,15 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: list[TokenLogprobs] | None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Points in time of the engine's clock, in seconds; None: never came to it."""
+    """Points in time of the engine's clock, in seconds; None: never came to it.
+
+    Of several answers, the first token of any, and `num_generated_tokens` of the longest.
+    """
 
     arrival_s: float
     first_scheduled_s: float | None
@@ -70,7 +75,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A request with its answer; `prompt` is None when it came as token ids."""
+    """A request with its answers, by index; `prompt` is None when it came as token ids.
+
+    `prompt_logprobs` has one entry for each of `prompt_token_ids`, when asked for: None for the first, and where an
+    abort came before.
+    """
 
     request_id: str
     prompt: str | None
@@ -78,12 +87,14 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """New tokens of answer `index`. `text` is final: later events only add to it; the texts of a request's events
-    joined are its output's text. `token_ids` is empty when an abort lets go of text that was held back.
+    joined are its output's text. `token_ids` is empty when an abort lets go of text that was held back. With best_of
+    each answer is one event, at the end.
     """
 
     request_id: str
@@ -95,7 +106,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The one end of a request that was answered or aborted."""
+    """The one end of a request that was answered or aborted; the reasons are its first answer's."""
 
     request_id: str
     reason: FinishReason

@@ -20,12 +20,12 @@ from dist_infer import load_config
 from dist_infer.config import (
     ClusterConfig,
     EngineConfig,
-    GenerateConfig,
     ModelConfig,
     OffloadConfig,
     ParallelConfig,
     RunConfig,
 )
+from dist_infer.generate_config import GenerateConfig
 from partition.errors import ConfigError
 
 BASE = {"model": {"path": "/models/m"}}

@@ -119,7 +119,8 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "pa
         except (KeyError, ValueError) as error:  # a class without an interface for it
             failure = error
             continue
-        model.config.pad_token_id = None  # or forward looks for padding in every step, and waits for a GPU to answer
+        with suppress(Exception):  # configs that insist on a number; with one, forward looks for padding in every step
+            model.config.pad_token_id = None
         return model.eval().requires_grad_(False)
     raise UnsupportedModelError(f"transformers cannot build {config.get('model_type')!r}: {failure}") from failure
 
