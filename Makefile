@@ -1,8 +1,11 @@
 # `make demo` and `make test` set up everything they need on a fresh machine.
-.PHONY: demo test setup check fast clean
+.PHONY: demo serve test setup check fast clean
 
 demo: setup
 	.venv/bin/dist-infer launch configs/quickstart.yaml
+
+serve: setup
+	.venv/bin/dist-infer launch configs/serve.yaml
 
 test:
 	scripts/setup-tests

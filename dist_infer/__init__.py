@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_infer import errors as errors
     from dist_infer.config import RunConfig, load_config
+    from dist_infer.grammar import Grammar
     from dist_infer.llm import LLM
     from dist_infer.outputs import CompletionOutput, Failed, Finished, RequestOutput, TokenEvent
     from dist_infer.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "dist_infer.llm",
     "SamplingParams": "dist_infer.sampling_params",
+    "Grammar": "dist_infer.grammar",
     "RunConfig": "dist_infer.config",
     "load_config": "dist_infer.config",
     "RequestOutput": "dist_infer.outputs",
@@ -40,6 +42,7 @@ __all__ = [
     "CompletionOutput",
     "Failed",
     "Finished",
+    "Grammar",
     "RequestOutput",
     "RunConfig",
     "SamplingParams",

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from dist_infer.config_errors import explain
 from dist_infer.config_types import AutoCount, AutoSeconds, AutoSize, Count, ReaderKind, Seconds, Section
 from dist_infer.generate_config import GenerateConfig
+from dist_infer.serve_config import ServeConfig
 from partition.errors import ConfigError
 from partition.yaml_loader import parse_yaml
 
@@ -159,7 +160,9 @@ class RunConfig(Section):
     offload: OffloadConfig = OffloadConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
-    run: GenerateConfig | None = Field(None, description="What `dist-infer launch` does.")
+    run: Annotated[GenerateConfig | ServeConfig, Field(discriminator="kind")] | None = Field(
+        None, description="What `dist-infer launch` does."
+    )
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -183,7 +186,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     except ValidationError as error:
         raise ConfigError(f"{origin}: {explain(error, RunConfig)}") from None
     run = config.run
-    if run is not None and run.prompts_file is not None:
+    if isinstance(run, ServeConfig):
+        run = _anchored_serve(run, base)
+    elif run is not None and run.prompts_file is not None:
         run = run.model_copy(update={"prompts_file": str(base / _expanded(run.prompts_file))})
     return config.model_copy(
         update={
@@ -192,6 +197,15 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             "offload": config.offload.model_copy(update={"store": str(base / _expanded(config.offload.store))}),
         }
     )
+
+
+def _anchored_serve(run: ServeConfig, base: Path) -> ServeConfig:
+    files = {"api_keys_file": run.api_keys_file, "access_log": run.access_log}
+    changes: dict[str, Any] = {name: str(base / _expanded(file)) for name, file in files.items() if file is not None}
+    if (tls := run.tls) is not None:
+        pem = {"certificate": str(base / _expanded(tls.certificate)), "key": str(base / _expanded(tls.key))}
+        changes["tls"] = tls.model_copy(update=pem)
+    return run.model_copy(update=changes)
 
 
 def _anchored(path: str, base: Path) -> str:

@@ -16,6 +16,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _explain(item: Mapping[str, Any], root: type[BaseModel]) -> str:
     written, section = _as_written(item["loc"], root)
+    if item["type"] == "union_tag_invalid":  # pydantic names the section, people wrote its `kind`
+        written.append("kind")
+    elif item["type"] == "union_tag_not_found":
+        return f"missing key `{'.'.join([*written, 'kind'])}`"
     place = ".".join(written)
     if item["type"] == "extra_forbidden":
         known = list(section.model_fields)
@@ -24,6 +28,8 @@ def _explain(item: Mapping[str, Any], root: type[BaseModel]) -> str:
         return f"unknown key `{place}`; {hint}"
     if item["type"] == "missing":
         return f"missing key `{place}`"
+    if item["type"] == "union_tag_invalid":
+        return f"`{place}`: must be one of {item['ctx']['expected_tags']} (got {str(item['ctx']['tag'])[:80]!r})"
     shown = repr(item.get("input"))
     message = str(item["msg"]).removeprefix("Value error, ")
     where = f"`{place}`: " if place else ""
@@ -57,12 +63,18 @@ def _as_written(location: Sequence[str | int], root: type[BaseModel]) -> tuple[l
 
 
 def _branches(annotation: Any) -> dict[str, Any]:
-    """The containers of a union whose members have tags."""
+    """The containers of a union whose members have tags, or a `kind` that is theirs alone."""
     found: dict[str, Any] = {}
     for part in get_args(annotation):
         tags = [extra.tag for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Tag)]
-        found |= {tag: _container(part) for tag in tags} or _branches(part)
+        found |= {tag: _container(part) for tag in tags} or _kinds(part) or _branches(part)
     return found
+
+
+def _kinds(part: Any) -> dict[str, Any]:
+    if not isinstance(part, type) or not issubclass(part, BaseModel) or "kind" not in part.model_fields:
+        return {}
+    return dict.fromkeys(map(str, get_args(part.model_fields["kind"].annotation)), part)
 
 
 def _container(annotation: Any) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import queue
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +19,7 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.engine.stats import EngineStats
+from dist_infer.grammar_checker import GrammarChecker
 from dist_infer.messages import StreamReport, TimelineReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
@@ -75,12 +76,17 @@ class LLM:
                     shares_prompts=plan.model.path == "packed",
                 )
             )
+            grammars = None
+            if (known := self._tokenizer) is not None:
+                grammars = GrammarChecker(lambda: known.vocabulary(plan.model.vocab_size))
+                stack.callback(grammars.close)
             eos = self.gang.model.eos_token_ids + (self._tokenizer.eos_token_ids() if self._tokenizer else ())
             self._loop = EngineLoop(
                 executor=self.gang.executor,
                 scheduler=scheduler,
                 decode=self._decode,
                 encode=self._encode_bare,
+                grammars=grammars,
                 token_kinds=self._tokenizer.token_kinds(plan.model.vocab_size) if self._tokenizer else None,
                 vocab_size=plan.model.vocab_size,
                 eos_token_ids=eos,
@@ -209,9 +215,38 @@ class LLM:
             for request_id in open_ids.values():
                 self._loop.abort(request_id)
 
-    def encode(self, text: str) -> list[int]:
+    def submit(self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]) -> str:
+        """Queue one request; its events go to `on_event`, in the engine's thread, which waits for it. Returns its id.
+
+        Raises ConfigError for what `check` refuses, ClusterError when the engine has failed or is closed.
+        """
+        request_id = f"request-{next(self._ids)}"
+        self._loop.submit(request_id, ids, text, params, on_event)
+        return request_id
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with reason "abort"; False when it has ended."""
+        return self._loop.abort(request_id)
+
+    def check(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """ConfigError if this request can never be run; nothing is queued."""
+        self._loop.check(ids, params)
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the engine takes no more requests; None while it is well."""
+        return self._loop.failure
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out. ConfigError for an id outside the vocabulary."""
+        vocab_size = self.plan.model.vocab_size
+        if (bad := next((token for token in token_ids if not 0 <= token < vocab_size), None)) is not None:
+            raise ConfigError(f"tokens must be whole numbers in [0, {vocab_size}), not {bad}")
+        return self._require_tokenizer().decode(token_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, by the model's tokenizer."""
-        return self._require_tokenizer().encode(text)
+        return self._require_tokenizer().encode(text, add_special_tokens=add_special_tokens)
 
     def chat_prompt(
         self,

@@ -11,9 +11,19 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from dist_infer.grammar import Grammar
+from dist_infer.vocabulary import Vocabulary
 from offload.timeline import TimelineEvent
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What an answer must look like, and the ids that may end it once it does."""
+
+    grammar: Grammar
+    end_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,7 @@ class SamplingSpec:
     min_tokens: int = 0
     held_back: tuple[int, ...] = ()
     num_prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ class StepPlan:
     """One step. `finished` is applied first (a preempted request is in `finished`, later again in `new`).
 
     A unit computes the micro-batches in their order, all of them before it is let go, so a long prompt may be spread
-    over several micro-batches of one step.
+    over several micro-batches of one step. `vocabulary`: in the first step that has a request with a grammar.
     """
 
     step_id: int
@@ -91,6 +102,7 @@ class StepPlan:
     new: tuple[NewRequest, ...] = ()
     diffs: tuple[RequestDiff, ...] = ()
     finished: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -99,12 +111,18 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One new token of one request; logprobs are natural logarithms under the unmodified distribution."""
+    """One new token of one request; logprobs are natural logarithms under the unmodified distribution.
+
+    completes: it is part of the answer, and the request's grammar allows nothing after it. error: the request has
+    failed, alone, and there is no token.
+    """
 
     request_id: str
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    completes: bool = False
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dist_infer.counter_random import SEED_BITS, sample_seed
-from dist_infer.messages import SamplingSpec
+from dist_infer.grammar import Grammar
+from dist_infer.messages import GrammarSpec, SamplingSpec
 from partition.errors import ConfigError
 
 MAX_LOGPROBS = 20
@@ -47,6 +48,7 @@ class SamplingParams:
     min_tokens: before the answer has so many, no end-of-sequence token, stop token or stop string ends it.
     n: how many answers; they share the prompt's computation. best_of: of so many, the n likeliest per token.
     prompt_logprobs: like logprobs, for each token of the prompt but the first.
+    grammar: what the answer must look like; docs/constrained.md.
     """
 
     max_tokens: int | None
@@ -69,6 +71,7 @@ class SamplingParams:
     n: int
     best_of: int | None
     prompt_logprobs: int | None
+    grammar: Grammar | None
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class SamplingParams:
         n: int = 1,
         best_of: int | None = None,
         prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         if max_tokens is not None:
             max_tokens = _integer("max_tokens", max_tokens, "a whole number from 1, or None", low=1)
@@ -109,6 +113,8 @@ class SamplingParams:
             best_of = _integer("best_of", best_of, allowed, low=n, high=MAX_SAMPLES)
         if not isinstance(ignore_eos, bool):
             raise _refusal("ignore_eos", ignore_eos, "True or False")
+        if grammar is not None and not isinstance(grammar, Grammar):
+            raise _refusal("grammar", grammar, "a Grammar, or None")
         values = {
             "max_tokens": max_tokens,
             "temperature": _temperature(temperature),
@@ -132,6 +138,7 @@ class SamplingParams:
             "n": n,
             "best_of": best_of,
             "prompt_logprobs": _num_logprobs("prompt_logprobs", prompt_logprobs),
+            "grammar": grammar,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -154,7 +161,7 @@ class SamplingParams:
         seed: the one in force (ranks never draw), sent as a non-negative number that is the answer's own. bad_words:
         `self.bad_words` as token ids, by whoever has a tokenizer.
         """
-        ends = set(self.stop_token_ids) | (set() if self.ignore_eos else set(eos_token_ids))
+        ends = tuple(sorted(set(self.stop_token_ids) | (set() if self.ignore_eos else set(eos_token_ids))))
         ranked = self.num_samples > self.n
         return SamplingSpec(
             temperature=self.temperature,
@@ -170,8 +177,9 @@ class SamplingParams:
             logit_bias=self.logit_bias,
             bad_words=tuple(bad_words),
             min_tokens=self.min_tokens,
-            held_back=tuple(sorted(ends)) if self.min_tokens else (),
+            held_back=ends if self.min_tokens else (),
             num_prompt_logprobs=self.prompt_logprobs if index == 0 else None,
+            grammar=None if self.grammar is None else GrammarSpec(self.grammar, ends),
         )
 
 

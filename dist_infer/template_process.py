@@ -36,7 +36,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):  # whatever prints must not speak on the wire
         os.dup2(nothing, fd)
-    _limit(int(limits["max_memory_bytes"]))
+    limit_memory(int(limits["max_memory_bytes"]))
     _send(answers, {"ready": True})
     os.dup2(nothing, 2)
     for line in requests:
@@ -95,7 +95,7 @@ def _transformers_render() -> tuple[Render, type[Exception]]:
     return render, refusal
 
 
-def _limit(max_memory_bytes: int) -> None:
+def limit_memory(max_memory_bytes: int) -> None:
     """From here on: so much more memory, no file written, no core dumped."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     ceiling = pages * resource.getpagesize() + max_memory_bytes

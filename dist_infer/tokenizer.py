@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_infer.engine.detokenizer import TokenKinds
+from dist_infer.vocabulary import Vocabulary, token_bytes
 from partition.errors import CheckpointError, ConfigError
+
+_CHECKED_TOKENS = 1000
 
 
 class Tokenizer:
@@ -90,12 +93,47 @@ class Tokenizer:
         silent = frozenset(id for id in candidates if self._is_silent(id, skip_special_tokens))
         return TokenKinds(silent=silent, byte_values=_byte_values(known) if self._joins_bytes() else {})
 
+    def vocabulary(self, vocab_size: int) -> Vocabulary:
+        """What each id below `vocab_size` (the model's) adds to a text that has begun. Takes up to a second.
+
+        ConfigError where that depends on its neighbours; then there are no grammars.
+        """
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError("this model's tokenizer is none of the `tokenizers` library: no grammars")
+        by_id = {id: token for token, id in self._inner.get_vocab().items() if id < vocab_size}
+        ids = sorted(by_id)
+        try:
+            found = token_bytes([by_id[id] for id in ids], json.loads(backend.to_str()).get("decoder"))
+        except ConfigError as error:
+            raise ConfigError(f"this model cannot follow a grammar: {error}") from None
+        silent = self.token_kinds(vocab_size).silent
+        texts = [""] * vocab_size
+        for id, text in zip(ids, found, strict=True):
+            texts[id] = (by_id[id].encode() if id in silent else text).decode("latin-1")
+        self._check_texts([(id, text) for id, text in zip(ids, found, strict=True) if id not in silent])
+        return Vocabulary(texts=tuple(texts), special_ids=tuple(id for id in ids if id in silent))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids, special tokens left out unless they are asked for."""
         text: str = self._inner.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    def _check_texts(self, texts: Sequence[tuple[int, bytes]]) -> None:
+        """A sample of them against the decoder itself."""
+        anchor = next((id for id, text in texts if text == b"a"), None)
+        before = "" if anchor is None else self.decode((anchor,))
+        for id, text in texts[:: max(1, len(texts) // _CHECKED_TOKENS)]:
+            try:
+                expected = text.decode()
+            except UnicodeDecodeError:  # a part of a character
+                continue
+            if anchor is None or self.decode((anchor, id)) != before + expected:
+                raise ConfigError(
+                    f"this model cannot follow a grammar: its token {id} is not the text {expected!r} everywhere"
+                )
 
     def _is_silent(self, token_id: int, skip_special_tokens: bool) -> bool:
         try:

@@ -44,7 +44,7 @@ class RayBackend:
         if self._config.address is None:
             found = machine_facts(with_devices=with_devices, sample=sample, dtype=dtype, reader=reader)
             return HardwareFacts(nodes=(found,))
-        self._start(world_size=0)
+        self.start(world_size=0)
         return self._cluster_facts(with_devices, sample, dtype, reader)
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
@@ -52,7 +52,7 @@ class RayBackend:
         return Footprint(rank_bytes=PROCESS_FOOTPRINT_BYTES, launcher_bytes=launcher)
 
     def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor:
-        self._start(world_size=len(spec.plan.ranks))
+        self.start(world_size=len(spec.plan.ranks))
         from launch.executor import RayExecutor
 
         return RayExecutor(
@@ -74,7 +74,8 @@ class RayBackend:
             self._started = False
             ray.shutdown()
 
-    def _start(self, world_size: int) -> None:
+    def start(self, world_size: int) -> None:
+        """Connect, or start the embedded Ray with room for so many ranks. Once; later calls do nothing."""
         if self._node_addresses:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -86,7 +87,8 @@ class RayBackend:
         import ray
         from ray._raylet import Config  # type: ignore[attr-defined]
 
-        Config.initialize("")  # an earlier `import ray` has cached the environment from before
+        if not ray.is_initialized():
+            Config.initialize("")  # an earlier `import ray` has cached the environment from before
 
         if embedded and ray.is_initialized():
             raise ClusterError(

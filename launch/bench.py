@@ -1,4 +1,4 @@
-"""`dist-infer bench …`: measurements of a run file on the machine at hand."""
+"""`dist-infer bench …`: measurements of a run file on the machine at hand, and of an endpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.bench_serve import serve
 from launch.options import File, Json, Set
 from partition.errors import ConfigError
 from partition.sizes import format_size
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
     from dist_infer.stream_bench import StreamBatch, StreamBench
 
-app = typer.Typer(help="Measure a run file on the machine at hand.", no_args_is_help=True)
+app = typer.Typer(help="Measure a run file on the machine at hand, or an endpoint.", no_args_is_help=True)
+app.command()(serve)
 
 
 @app.callback()
 def bench() -> None:
-    """Measure a run file on the machine at hand."""
+    """Measure a run file on the machine at hand, or an endpoint."""
 
 
 @app.command()

@@ -16,6 +16,7 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.generate_config import GenerateConfig
 from dist_infer.prompt_config import ChatPrompt, Prompt
 from dist_infer.prompts_file import read_prompts
+from dist_infer.serve_config import ServeConfig
 from launch import bench
 from launch.check_arch import check_arch
 from launch.interrupt import EXIT_CODE, end_on_interrupt
@@ -47,6 +48,11 @@ def launch(file: File, overrides: Set = None, as_json: Json = False) -> None:
     config = load_config(file, overrides or [])
     if config.run is None:
         raise ConfigError(f"{file} has no `run:` section: add e.g. `run: {{kind: generate, prompts: [...]}}`")
+    if isinstance(config.run, ServeConfig):
+        from launch.serve import serve_until_signal
+
+        serve_until_signal(config, config.run)
+        return
     _generate(config, config.run, as_json)
 
 
@@ -61,7 +67,8 @@ def generate(
     config = load_config(file, overrides or [])
     if not all(prompt):
         raise ConfigError("--prompt is empty: write a text")
-    run = config.run or GenerateConfig(kind="generate", prompts=list(prompt))
+    run = config.run if isinstance(config.run, GenerateConfig) else None
+    run = run or GenerateConfig(kind="generate", prompts=list(prompt))
     _generate(config, run.model_copy(update={"prompts": list(prompt), "prompts_file": None}), as_json)
 
 

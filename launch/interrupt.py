@@ -26,8 +26,8 @@ def end_on_interrupt() -> Iterator[None]:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         nonlocal timer
         if timer is not None:
-            _end_tree()
-        timer = threading.Timer(GRACE_S, _end_tree)
+            end_tree()
+        timer = threading.Timer(GRACE_S, end_tree)
         timer.daemon = True
         timer.start()
         raise KeyboardInterrupt
@@ -45,8 +45,9 @@ def end_on_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end_tree() -> None:
+def end_tree(code: int = EXIT_CODE) -> None:
+    """Kill all children and end this process, without its finally clauses."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(EXIT_CODE)
+    os._exit(code)

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from dist_infer.config import RunConfig
 from dist_infer.generate_config import GenerateConfig
 from dist_infer.prompt_config import ChatPrompt, Message, TextPart
+from dist_infer.serve_config import ServeConfig, ServeLimits, TlsConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 SECTIONS = ("model", "parallel", "offload", "engine", "cluster")
@@ -61,6 +62,9 @@ def render() -> str:
         parts.append(_section(f"`{name}`", kind, schema["$defs"][kind.__name__], schema))
     shapes: tuple[tuple[str, type[BaseModel]], ...] = (
         ("`run` with `kind: generate`", GenerateConfig),
+        ("`run` with `kind: serve`", ServeConfig),
+        ("`run.limits`", ServeLimits),
+        ("`run.tls`", TlsConfig),
         ("An object of `run.prompts`", ChatPrompt),
         ("A message of `run.prompts`", Message),
         ("A text part of a message", TextPart),
@@ -86,6 +90,8 @@ def _section(
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
+    if isinstance(value, BaseModel):
+        return "its keys' own"
     return "none" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

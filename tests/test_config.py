@@ -150,7 +150,7 @@ def test_auto_is_taken_where_the_planner_decides() -> None:
         ({"offload": {"store": ""}}, "`offload.store`"),
         ({"offload": {"store": "~no-such-user-here/x"}}, "~no-such-user-here"),
         ({"model": {"path": "~no-such-user-here/x"}}, "~no-such-user-here"),
-        ({"run": {"kind": "serve"}}, "`run.kind`"),
+        ({"run": {"kind": "sreve"}}, "`run.kind`"),
         ({"run": {"kind": "generate", "prompts": []}}, "`run.prompts`"),
         ({"run": {"kind": "generate", "prompts": [""]}}, "`run.prompts.0`"),
     ],

@@ -58,7 +58,9 @@ class Answer:
         """
         ending = self._ending(token.token_id)
         text = ""
-        if ending is None or ending.reason != "stop":
+        if ending is None or ending.reason != "stop":  # the token that says "stop" is no text
+            if token.completes:
+                ending = Ending("stop")
             text = self._detokenizer.push((token.token_id,))
         if ending is not None:
             text += self._detokenizer.flush()

@@ -14,13 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_infer.engine.answer import Decode
 from dist_infer.engine.bad_words import Encode, bad_word_ids
 from dist_infer.engine.detokenizer import TokenKinds
 from dist_infer.engine.executor import Executor
 from dist_infer.engine.generation import Generation, OnEvent
+from dist_infer.engine.grammars import Grammars
 from dist_infer.engine.live_requests import LiveRequests
 from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler
@@ -42,8 +43,9 @@ class EngineLoop:
     """Takes over an executor that was started: `close` closes it. The scheduler is used by nobody else.
 
     decode: token ids -> text, called by the engine's thread. token_kinds: what its texts do not show. encode: text ->
-    token ids without special tokens, for bad words; None without a tokenizer. step_timeout_s: a step that takes longer
-    is a failure of the executor. clock: seconds, for the requests' metrics only.
+    token ids without special tokens, for bad words; None without a tokenizer. grammars: what knows whether one can be
+    used; None without a tokenizer. step_timeout_s: a step that takes longer is a failure of the executor.
+    clock: seconds, for the requests' metrics only.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class EngineLoop:
         step_timeout_s: float,
         token_kinds: TokenKinds | None = None,
         encode: Encode | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < step_timeout_s <= threading.TIMEOUT_MAX:
@@ -66,6 +69,8 @@ class EngineLoop:
         self._decode = decode
         self._token_kinds = token_kinds
         self._encode = encode
+        self._grammars = grammars
+        self._ranks_know_vocabulary = False
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._step_timeout_s = step_timeout_s
@@ -96,6 +101,8 @@ class EngineLoop:
         on_event: OnEvent,
     ) -> None:
         """Queue a request; it owns nothing before it was checked. `on_event` must be quick: all requests wait for it.
+
+        A grammar that was not seen before takes up to a second to check: call `check` in a thread that may wait.
 
         `request_id` may be used again after its end. Raises ConfigError for a prompt that cannot be run or an id that
         is in use, ClusterError when the engine has failed or is closed; then there is no event.
@@ -197,7 +204,7 @@ class EngineLoop:
         while self._take_inbox():
             while (plan := self._scheduler.schedule()) is not None:
                 self._note_scheduled(plan)
-                self._executor.submit(plan)
+                self._executor.submit(self._with_vocabulary(plan))
             if self._scheduler.num_in_flight:
                 result = self._executor.collect(self._step_timeout_s)
                 new_tokens = self._scheduler.apply(result)
@@ -242,6 +249,14 @@ class EngineLoop:
             if (generation := self._live.by_rank_id(new.request_id)) is not None:
                 generation.note_scheduled(now_s)
 
+    def _with_vocabulary(self, plan: StepPlan) -> StepPlan:
+        """Megabytes that most engines never need: sent once, with the first request that does."""
+        needs_it = not self._ranks_know_vocabulary and any(new.sampling.grammar is not None for new in plan.new)
+        if not needs_it or self._grammars is None:
+            return plan
+        self._ranks_know_vocabulary = True
+        return replace(plan, vocabulary=self._grammars.vocabulary)
+
     def _take_prompt_logprobs(self, result: StepResult) -> None:
         for found in result.prompt_logprobs:
             generation = self._live.by_rank_id(found.request_id)
@@ -259,6 +274,9 @@ class EngineLoop:
             generation = self._live.by_rank_id(request.id)
             if generation is None:  # ended by `close` while this thread was held
                 self._scheduler.abort(request.id)
+                continue
+            if token.error is not None:
+                self._fail(generation, ConfigError(token.error))
                 continue
             try:
                 event, has_ended = generation.advance(request, token, now_s)
@@ -319,6 +337,10 @@ class EngineLoop:
         self._check_ids("prompt token ids", prompt_token_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias token ids", [token_id for token_id, _ in params.logit_bias])
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise ConfigError("a grammar needs a tokenizer, and this model has none")
+            self._grammars.check(params.grammar)
         if not params.bad_words:
             return ()
         if self._encode is None:

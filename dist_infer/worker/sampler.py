@@ -1,7 +1,7 @@
 """One token per row of logits, vectorised over the batch; runs on tp_rank 0 of the last stage.
 
-    raw logits ──> edits (logit_edits) ──> greedy: the likeliest
-        │                              └─> temperature ──> filters ──> draw
+    raw logits ──> edits (logit_edits) ──> grammars (logit_masks) ──> greedy: the likeliest
+        │                                                         └─> temperature ──> filters ──> draw
         └──> log-probabilities: of the unmodified distribution
 
 A draw is the inverse of the cumulative distribution at one uniform number, a pure function of (seed, position): the
@@ -18,6 +18,7 @@ from dist_infer.counter_random import uniform
 from dist_infer.messages import SampledToken, SamplingSpec
 from dist_infer.worker.filters import filtered_probabilities
 from dist_infer.worker.logit_edits import edit
+from dist_infer.worker.logit_masks import keep_allowed
 from dist_infer.worker.token_history import TokenHistory
 from partition.plan_data import SAMPLING_BYTES, SAMPLING_BYTES_PER_LOGIT
 
@@ -33,14 +34,16 @@ def sample(
     specs: Sequence[SamplingSpec],
     positions: Sequence[int],
     histories: Sequence[TokenHistory | None] = (),
+    masks: Sequence[bytes | None] = (),
 ) -> list[SampledToken]:
     """One SampledToken per row. positions: number of tokens the request has so far, the counter of its draws.
 
-    histories: of the requests that have one, for each row or none at all.
+    histories, masks: of the requests that have one, for each row or none at all; a mask has a bit for each token.
     """
     histories = histories or [None] * len(specs)
+    masks = masks or [None] * len(specs)
     is_plain = all(spec.temperature == 0 and spec.num_logprobs is None for spec in specs)
-    if is_plain and not any(histories):
+    if is_plain and not any(histories) and not any(masks):
         return [
             SampledToken(request, token)
             for request, token in zip(request_ids, logits.float().argmax(dim=-1).tolist(), strict=True)
@@ -50,7 +53,7 @@ def sample(
     for start in range(0, len(specs), step):
         part = slice(start, start + step)
         raw = logits[part].float()
-        chosen = _choose(raw, specs[part], positions[part], histories[part])
+        chosen = _choose(raw, specs[part], positions[part], histories[part], masks[part])
         tokens += _with_logprobs(raw, chosen, request_ids[part], specs[part])
     return tokens
 
@@ -70,12 +73,14 @@ def _choose(
     specs: Sequence[SamplingSpec],
     positions: Sequence[int],
     histories: Sequence[TokenHistory | None],
+    masks: Sequence[bytes | None],
 ) -> torch.Tensor:
     """[B] ids. `raw` stays as it is."""
     logits = raw
-    if any(history is not None for history in histories):
+    if any(history is not None for history in histories) or any(masks):
         logits = raw.clone()
         edit(logits, histories)
+        keep_allowed(logits, raw, masks)
     drawing = [row for row, spec in enumerate(specs) if spec.temperature > 0]
     if len(drawing) == len(specs):
         return _draw(logits, specs, positions)

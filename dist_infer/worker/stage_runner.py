@@ -26,6 +26,7 @@ from dist_infer.model.adapter import DTYPES, LayerCalls, StageModel, TensorParal
 from dist_infer.model.batch_view import use_batch
 from dist_infer.model.kv_cache import KVCache
 from dist_infer.model.sequence_cache import SequenceCaches, alone
+from dist_infer.worker.grammar_masks import GrammarMasks
 from dist_infer.worker.prompt_logprobs import prompt_spans, score
 from dist_infer.worker.request_table import RequestTable
 from dist_infer.worker.sampler import sample
@@ -91,6 +92,7 @@ class StageRunner:
         self._table = RequestTable(plan.block_tokens, ours.num_kv_blocks, self.device, num_slots)
         self._draws = self.model.is_last and ours.tp_rank == 0
         self._histories = TokenHistories()
+        self._grammars = GrammarMasks()
         self._most_rows = plan.max_requests  # of logits at one time, as the plan has it
         self._units = [unit.name for unit in ours.units]
         manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
@@ -215,6 +217,7 @@ class StageRunner:
         )
 
     def close(self) -> None:
+        self._grammars.close()
         self._streamer.close()
         self._close_readers()
 
@@ -230,6 +233,7 @@ class StageRunner:
             self._sequences.drop(plan.finished)
         if self._draws:
             self._histories.apply(plan)
+            self._grammars.apply(plan)
         for new in plan.new:
             if new.fork_of is None:
                 continue
@@ -244,7 +248,11 @@ class StageRunner:
             return []
         rows = [self._table.sampling(request_id) for request_id in request_ids]
         histories = self._histories.of(request_ids)
-        return sample(logits, request_ids, [spec for spec, _ in rows], [position for _, position in rows], histories)
+        specs, positions = [spec for spec, _ in rows], [position for _, position in rows]
+        if not self._grammars:
+            return sample(logits, request_ids, specs, positions, histories)
+        masks = self._grammars.of(request_ids)
+        return self._grammars.take_in(sample(logits, request_ids, specs, positions, histories, masks))
 
     def _score_prompts(self, chunks: tuple[Chunk, ...], call: LayerCalls) -> list[PromptLogprobs]:
         found = [

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dist_infer.grammar import Grammar
+from dist_infer.messages import GrammarSpec
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ConfigError
 
@@ -158,12 +160,16 @@ def test_spec_carries_every_option_of_the_logits() -> None:
         "logit_bias": ((5, 1.0),),
         "min_tokens": 3,
     }
-    spec = SamplingParams(**options, prompt_logprobs=4, bad_words="x").spec(1, bad_words=[(8, 9)])
+    grammar = Grammar.choice(["a"])
+    params = SamplingParams(**options, prompt_logprobs=4, bad_words="x", grammar=grammar, stop_token_ids=[9])
+    spec = params.spec(1, bad_words=[(8, 9)], eos_token_ids=[2])
+    assert spec.grammar == GrammarSpec(grammar, (2, 9))
     assert {name: getattr(spec, name) for name in options} == options
     assert (spec.bad_words, spec.num_prompt_logprobs) == (((8, 9),), 4)
     assert set(dataclasses.asdict(spec)) == {
         *options,
         *("temperature", "top_k", "top_p", "seed", "num_logprobs", "bad_words", "held_back", "num_prompt_logprobs"),
+        "grammar",
     }
 
 

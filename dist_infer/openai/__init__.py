@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint: HTTP types, their translation to requests, SSE. Knows nothing of Ray."""

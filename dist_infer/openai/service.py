@@ -1,0 +1,300 @@
+"""The endpoint's side of the engine: phases, admission, deadlines, and every request's events to its own coroutine.
+
+    admit ──> Ticket (counted in) ──> take_tokens ──> events ──> first_token ──> leaves the `with` (counted out)
+                429 / 503                429
+
+Used by the event loop's thread, but for `note_progress`. Text never passes through here on its way to a log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from dist_infer.engine.stats import EngineStats
+from dist_infer.openai.errors import ApiError, bad_request, too_many, unavailable
+from dist_infer.openai.plain_metrics import plain_metrics
+from dist_infer.outputs import Event, TokenEvent
+from dist_infer.sampling_params import SamplingParams
+from dist_infer.serve_config import ServeLimits
+
+T = TypeVar("T")
+_THREADS = 2  # tokenizers compute without the interpreter's lock
+_RETRY_LOADING_S = 5.0
+_MAX_RETRY_S = 60.0
+_WEIGHT_OF_NEWEST = 0.1
+
+
+class Engine(Protocol):
+    """What is served; `dist_infer.LLM` is one."""
+
+    def submit(
+        self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]
+    ) -> str: ...
+    def abort(self, request_id: str) -> bool: ...
+    def check(self, ids: Sequence[int], params: SamplingParams) -> None: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        documents: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> tuple[str, list[int]]: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def failure(self) -> Exception | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """done of total; total 0: unknown."""
+
+    phase: str = "starting"
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    engine: Engine
+    max_requests: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draining:
+    ready: Ready | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    error: Exception
+
+
+State = Loading | Ready | Draining | Failed
+
+
+class Ticket:
+    """One HTTP request's share of the queue. Times are of the service's clock."""
+
+    def __init__(self, service: Service, num_answers: int, ready: Ready) -> None:
+        self._service, self._num_answers = service, num_answers
+        self._waiting_tokens = 0
+        self.ready = ready
+        self.arrival_s = service.clock()
+
+    def take_tokens(self, num_tokens: int) -> None:
+        """ApiError 429 when too many prompt tokens wait already. A request with nobody before it always may."""
+        service = self._service
+        waiting = service.num_waiting_tokens
+        if waiting and waiting + num_tokens > service.limits.max_queued_tokens:
+            raise too_many(
+                f"{waiting} prompt tokens are waiting and this request has {num_tokens}; "
+                f"{service.limits.max_queued_tokens} may wait",
+                "queue_full",
+                service.retry_after_s(),
+            )
+        self._waiting_tokens = num_tokens
+        service.num_waiting_tokens += num_tokens
+
+    def first_token(self) -> None:
+        """It waits no longer. Idempotent."""
+        self._service.num_waiting_tokens -= self._waiting_tokens
+        self._waiting_tokens = 0
+
+
+class _Hub:
+    """Events of all requests from the engine's thread into the loop, with one wake-up for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[tuple[asyncio.Queue[tuple[int, Event]], tuple[int, Event]]] = deque()
+        self._is_woken = False
+
+    def post(self, target: asyncio.Queue[tuple[int, Event]], item: tuple[int, Event]) -> None:
+        self._items.append((target, item))
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        self._is_woken = False  # before looking: what comes from here on wakes again
+        while self._items:
+            target, item = self._items.popleft()
+            target.put_nowait(item)
+
+
+class Service:
+    """Made and used in one event loop. `metrics_text` may be replaced by whoever knows more to say."""
+
+    def __init__(self, *, model_name: str, limits: ServeLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.model_name, self.limits, self.clock = model_name, limits, clock
+        self.wall_clock: Callable[[], float] = time.time
+        self.created = int(time.time())
+        self.metrics_text: Callable[[], bytes] = lambda: plain_metrics(self)
+        self.num_waiting_tokens = 0
+        self.num_open = 0  # answers that were admitted and have no end
+        self.num_refused = 0
+        self._state: State = Loading()
+        self._mean_request_s = 1.0
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dist-infer-text")
+        self._hub = _Hub(asyncio.get_running_loop())
+        self._running: set[str] = set()
+
+    # ---- phases
+
+    @property
+    def state(self) -> State:
+        state = self._state
+        if isinstance(state, Ready) and (failure := state.engine.failure) is not None:
+            return Failed(error=failure)
+        return state
+
+    def note_progress(self, phase: str, done: int, total: int) -> None:
+        """Any thread."""
+        if isinstance(self._state, Loading):
+            self._state = Loading(phase=phase, done=done, total=total)
+
+    def become_ready(self, engine: Engine, *, max_requests: int, max_model_len: int) -> None:
+        """The engine stays its owner's to close, after `close`."""
+        if isinstance(self._state, Loading):
+            self._state = Ready(engine=engine, max_requests=max_requests, max_model_len=max_model_len)
+
+    def fail(self, error: Exception) -> None:
+        self._state = Failed(error=error)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """No new requests from here on; those that are open may end by themselves. False: some were aborted."""
+        if not isinstance(self._state, Draining):
+            self._state = Draining(ready=self._state if isinstance(self._state, Ready) else None)
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            ready = self._state.ready if isinstance(self._state, Draining) else None
+            for request_id in tuple(self._running):
+                if ready is not None:
+                    ready.engine.abort(request_id)
+            return False
+        return True
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ---- requests
+
+    def require_ready(self) -> Ready:
+        """ApiError 503, with what the matter is."""
+        state = self.state
+        if isinstance(state, Ready):
+            return state
+        if isinstance(state, Loading):
+            count = f" {state.done} of {state.total}" if state.total else ""
+            raise unavailable(f"the model is not ready: {state.phase}{count}", "loading", _RETRY_LOADING_S)
+        if isinstance(state, Draining):
+            raise unavailable("the server is shutting down", "draining", _RETRY_LOADING_S)
+        raise unavailable("the engine has failed and is being replaced", "engine_unavailable", 2 * _RETRY_LOADING_S)
+
+    @contextmanager
+    def admit(self, num_answers: int) -> Iterator[Ticket]:
+        """Count a request in, and out at its end. ApiError: 400 more than ever fits, 429 full, 503 not ready."""
+        ready = self.require_ready()
+        most = ready.max_requests + self.limits.max_queued_requests
+        if num_answers > most:
+            raise bad_request(f"{num_answers} answers are asked for at once; {most} can be open here", param="n")
+        if self.num_open + num_answers > most:
+            self.num_refused += 1
+            raise too_many(
+                f"the queue is full: {self.num_open} answers are open and {most} may be",
+                "queue_full",
+                self.retry_after_s(),
+            )
+        ticket = Ticket(self, num_answers, ready)
+        self.num_open += num_answers
+        self._empty.clear()
+        try:
+            yield ticket
+        finally:
+            ticket.first_token()
+            self.num_open -= num_answers
+            took_s = self.clock() - ticket.arrival_s
+            self._mean_request_s += _WEIGHT_OF_NEWEST * (took_s - self._mean_request_s)
+            if not self.num_open:
+                self._empty.set()
+
+    def retry_after_s(self) -> float:
+        """When a place should be free, by how long requests took lately."""
+        state = self._state
+        width = state.max_requests if isinstance(state, Ready) else 1
+        return min(_MAX_RETRY_S, max(1.0, self._mean_request_s * max(1, self.num_open - width) / width))
+
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """For tokenizers and templates: they must not hold up others' streams."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+    async def events(
+        self, ticket: Ticket, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams
+    ) -> AsyncGenerator[list[tuple[int, Event]], None]:
+        """(index of the prompt, event), as many at a time as there are, until each prompt has its end.
+
+        Close it early to abort what is left. TimeoutError when the first token does not come within queue_time.
+        Raises what `Engine.submit` raises; then nothing stays queued.
+        """
+        engine = ticket.ready.engine
+        arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        open_ids: dict[int, str] = {}
+
+        def sink(index: int) -> Callable[[Event], None]:
+            return lambda event: self._hub.post(arrived, (index, event))
+
+        is_waiting = True
+        try:
+            for index, (text, ids) in enumerate(prompts):
+                open_ids[index] = engine.submit(text, ids, params, sink(index))
+                self._running.add(open_ids[index])
+            while open_ids:
+                if is_waiting:
+                    left_s = ticket.arrival_s + self.limits.queue_time - self.clock()
+                    batch = [await asyncio.wait_for(arrived.get(), max(0.0, left_s))]
+                    is_waiting = False
+                    ticket.first_token()
+                else:
+                    batch = [await arrived.get()]
+                while not arrived.empty():
+                    batch.append(arrived.get_nowait())
+                for index, event in batch:
+                    if not isinstance(event, TokenEvent):
+                        self._running.discard(open_ids.pop(index))
+                yield batch
+        finally:
+            for request_id in open_ids.values():
+                self._running.discard(request_id)
+                engine.abort(request_id)
+
+
+def check_length(ticket: Ticket, ids: Sequence[int], params: SamplingParams) -> None:
+    """ApiError 400 for a prompt that with its answer can never fit; ConfigError for what else the engine refuses."""
+    longest = ticket.ready.max_model_len
+    if params.max_tokens is not None and len(ids) + params.max_tokens > longest:
+        raise context_exceeded(len(ids), params.max_tokens, longest)
+    ticket.ready.engine.check(ids, params)
+
+
+def context_exceeded(num_prompt_tokens: int, max_tokens: int, longest: int) -> ApiError:
+    return bad_request(
+        f"the prompt has {num_prompt_tokens} tokens and the answer may have {max_tokens}, but both together may have "
+        f"{longest}: shorten the prompt or lower max_tokens",
+        param="max_tokens",
+        code="context_length_exceeded",
+    )

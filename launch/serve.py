@@ -1,0 +1,219 @@
+"""The endpoint on Ray Serve: one replica that owns the model, its ranks and its HTTP connections.
+
+    dist-infer launch FILE     Ray and Serve for this run alone (or at cluster.address); the replica listens itself
+    serve run SERVE_FILE       `build_app` in a Serve that is there already, behind Serve's own proxies
+
+The replica listens itself because Serve's proxies do not end clients that stop half way: docs/serve.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import partition.errors
+from dist_infer.config import ClusterConfig, RunConfig, load_config
+from dist_infer.llm import LLM
+from dist_infer.messages import decode, encode
+from dist_infer.openai.endpoint import Endpoint, Status
+from dist_infer.openai.keys import ENVIRONMENT, ApiKey, load_keys
+from dist_infer.serve_config import ServeConfig
+from dist_infer.startup import Progress
+from launch.backend import RayBackend
+from launch.display import StartDisplay, make_console, ready_line
+from launch.interrupt import EXIT_CODE, end_tree
+from launch.root_guard import check_one_root
+from partition.errors import ClusterError, ConfigError, DistInferError
+
+_ANSWER_S = 30.0  # for a call to the replica that has nothing to wait for
+_INTERRUPTED_DRAIN_S = 2.0
+_NO_LIMIT = 1_000_000  # of Serve's own admission: ours refuses with a status and a Retry-After
+_HEALTH_S = 5.0
+
+
+class Replica:
+    """Serve's deployment: an Endpoint in an actor. Arguments are JSON, so that nothing of ours is pickled."""
+
+    async def __init__(self, config_json: str, keys_json: str, listen: bool) -> None:  # type: ignore[misc]
+        check_one_root()
+        config = load_config(json.loads(config_json))
+        if not isinstance(config.run, ServeConfig):
+            raise ConfigError("a replica needs `run: {kind: serve}`")
+        keys = tuple(ApiKey(**entry) for entry in json.loads(keys_json))
+        started_s = time.monotonic()
+        self._endpoint = Endpoint(config, config.run, keys, ready_line=lambda llm: _ready_line(llm, started_s))
+        await self._endpoint.start(listen=listen)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._endpoint.app
+
+    async def status(self, seen: bytes | None = None) -> bytes:
+        return encode(await self._endpoint.status(None if seen is None else decode(Status, seen)))
+
+    async def drain(self, timeout_s: float) -> bool:
+        return await self._endpoint.drain(timeout_s)
+
+    async def close(self) -> None:
+        await self._endpoint.close()
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine is lost."""
+        self._endpoint.raise_if_lost()
+
+
+def make_deployment(config: RunConfig, keys: tuple[ApiKey, ...], *, listen: bool) -> Any:
+    """The bound application. listen: the replica has a socket of its own, on the node that calls this."""
+    import ray
+    from ray import serve
+
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if listen else {}
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="dist-infer",
+        num_replicas=1,
+        max_ongoing_requests=_NO_LIMIT,
+        health_check_period_s=_HEALTH_S,
+        ray_actor_options={"num_cpus": 0, "resources": here},
+    )
+    # the ranks' Ray is the one the replica is in
+    cluster = config.cluster
+    if cluster.executor == "ray":
+        cluster = cluster.model_copy(update={"address": "auto"})
+    data = config.model_copy(update={"cluster": cluster}).model_dump(mode="json")
+    return deployment.bind(json.dumps(data), json.dumps([asdict(key) for key in keys]), listen)
+
+
+def build_app(args: Mapping[str, Any]) -> Any:
+    """For `serve run` and Serve's config files. args: `config`, a run file; `overrides`, `a.b=c` texts; `open: true`.
+
+    Where Serve listens is Serve's to say, so keys are needed, unless `open` says that none are wanted.
+    """
+    check_one_root()
+    unknown = set(args) - {"config", "overrides", "open"}
+    if unknown or "config" not in args:
+        raise ConfigError(f"args are config, overrides and open, not {', '.join(sorted(args)) or 'nothing'}")
+    config = load_config(str(args["config"]), list(args.get("overrides", [])))
+    run = _serve_section(config)
+    keys = load_keys(run.api_keys_file, os.environ)
+    if not keys and args.get("open") is not True:
+        raise ConfigError(f"no API key: set run.api_keys_file or {ENVIRONMENT}, or give `open: true` in args")
+    return make_deployment(config, keys, listen=False)
+
+
+def serve_until_signal(config: RunConfig, run: ServeConfig) -> None:
+    """Start, say where, serve. SIGTERM drains and returns; Ctrl-C drains for a moment and raises KeyboardInterrupt."""
+    keys = load_keys(run.api_keys_file, os.environ)
+    if not keys and not run.is_local:
+        raise ConfigError(
+            f"run.host: {run.host} can be reached from elsewhere and there is no API key: set run.api_keys_file or "
+            f"{ENVIRONMENT}, or use run.host: 127.0.0.1"
+        )
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError(f"`run: {{kind: serve}}` needs `pip install 'dist-infer[ray]'` ({error})") from error
+    from ray.serve.config import ProxyLocation
+
+    console = make_console(stderr=True)
+    parallel = config.parallel
+    has_run = False
+    backend = RayBackend(ClusterConfig(executor="ray", address=config.cluster.address), config.name)
+    try:
+        with StartDisplay(console) as display:
+            display.show(Progress(phase="starting Ray Serve"))
+            backend.start(parallel.tensor * parallel.pipeline)
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            quiet = {"log_level": "WARNING", "enable_access_log": False}
+            # where a Serve is there already it keeps its proxies
+            serve.start(proxy_location=ProxyLocation.Disabled, http_options={"host": None}, logging_config=quiet)
+            application = make_deployment(config, keys, listen=True)
+            has_run = True
+            handle = serve.run(application, name=config.name, route_prefix=None, logging_config=quiet)
+            status = _wait_until_ready(handle, display, config.cluster.start_timeout)
+        drain_s, stopped = run.limits.drain_time, threading.Event()
+        try:
+            with _sigterm_sets(stopped):
+                console.print(status.ready_line, markup=False)
+                door = f"{len(keys)} API keys" if keys else "no API key is needed"
+                model = run.model_name or config.name
+                console.print(f"serving {model} at {status.url}/v1 ({door})", markup=False)
+                stopped.wait()
+                console.print(f"draining for up to {drain_s:g} s", markup=False)
+                _close(handle, drain_s)
+        except KeyboardInterrupt:
+            _close(handle, min(drain_s, _INTERRUPTED_DRAIN_S))
+            raise
+    finally:
+        if config.cluster.address is not None and has_run:
+            serve.delete(config.name, _blocking=False)
+        backend.close()
+
+
+def _serve_section(config: RunConfig) -> ServeConfig:
+    if not isinstance(config.run, ServeConfig):
+        raise ConfigError("the run file has no `run: {kind: serve}`")
+    return config.run
+
+
+def _wait_until_ready(handle: Any, display: StartDisplay, start_timeout_s: float) -> Status:
+    """Packing may take as long as it takes; each step of it, and all after it, has the start deadline."""
+    seen: Status | None = None
+    deadline = time.monotonic() + start_timeout_s
+    while True:
+        answer = handle.status.remote(None if seen is None else encode(seen)).result(timeout_s=_ANSWER_S)
+        status = decode(Status, answer)
+        if status.phase == "failed":
+            raise _error_of(status)
+        if status.phase == "ready":
+            return status
+        if status != seen:
+            deadline = time.monotonic() + start_timeout_s
+            display.show(Progress(phase=status.detail, done=status.done, total=status.total))
+        elif time.monotonic() > deadline:
+            raise ClusterError(f"{status.detail}: nothing new for {start_timeout_s:g} s (cluster.start_timeout)")
+        seen = status
+
+
+def _error_of(status: Status) -> DistInferError:
+    kind = getattr(partition.errors, status.error_kind, None)
+    if isinstance(kind, type) and issubclass(kind, DistInferError) and kind is not partition.errors.WorkerError:
+        return kind(status.error)
+    return ClusterError(status.error if kind is not None else f"{status.error_kind}: {status.error}")
+
+
+def _close(handle: Any, drain_s: float) -> None:
+    """Serve's errors at the end are no errors of the run: what is left is ended with Ray."""
+    with contextlib.suppress(Exception):
+        handle.drain.remote(drain_s).result(timeout_s=drain_s + _ANSWER_S)
+        handle.close.remote().result(timeout_s=_ANSWER_S)
+
+
+def _ready_line(llm: LLM, started_s: float) -> str:
+    gang = llm.gang
+    written, pack_s = gang.pack_report.num_written, gang.pack_report.seconds
+    return ready_line(gang.reports, gang.facts, written, pack_s, time.monotonic() - started_s)
+
+
+@contextlib.contextmanager
+def _sigterm_sets(stopped: threading.Event) -> Iterator[None]:
+    """The first SIGTERM sets it, the second ends everything at once. Ctrl-C stays as it is."""
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stopped.is_set():
+            end_tree(EXIT_CODE)
+        stopped.set()
+
+    previous = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
