@@ -243,8 +243,14 @@ class StageModel:
             own = {"use_cache": True, self._cache_argument: cache}
         if self._takes_positions:
             own["position_ids"] = position_ids
-        with self._tape.recording(hidden), suppress(_EndOfStage):
-            self._model(input_ids=token_ids, **own)
+        for num_outputs in self._tape.possible_outputs:
+            try:
+                with self._tape.recording(hidden, num_outputs), suppress(_EndOfStage):
+                    self._model(input_ids=token_ids, **own)
+                break
+            except (IndexError, ValueError):  # its layers return something else, if that is not known yet
+                if num_outputs == self._tape.possible_outputs[-1]:
+                    raise
         entry = self._tape.entry if hidden is None else hidden
         if entry is None:
             raise RuntimeError("the model's forward never reached the first layer of this stage")
@@ -254,6 +260,7 @@ class StageModel:
         """One owned layer: replaces `calls.hidden` by its output."""
         positional, keywords = calls.arguments[index]
         output = self._layers[index](calls.hidden, *positional, **keywords)
+        self._tape.possible_outputs = (len(output) if isinstance(output, tuple) else 0,)
         calls.hidden = output[0] if isinstance(output, tuple) else output
 
     def finish(self, calls: LayerCalls, rows: torch.Tensor) -> torch.Tensor:
@@ -347,6 +354,8 @@ class _Tape:
         self.entry: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None  # stands for the embedding's output where that is not computed
         self.passing_through = False
+        # what a layer of this class returns: 0 for the hidden states alone, else the length of its tuple
+        self.possible_outputs = (num_outputs,) if num_outputs else (0, 2, 3)
         self._num_outputs = num_outputs
 
     def output(self, hidden: Any) -> Any:
@@ -354,12 +363,14 @@ class _Tape:
         return (hidden, *[None] * (self._num_outputs - 1)) if self._num_outputs else hidden
 
     @contextmanager
-    def recording(self, hidden: torch.Tensor | None) -> Iterator[None]:
+    def recording(self, hidden: torch.Tensor | None, num_outputs: int) -> Iterator[None]:
+        self._num_outputs = num_outputs
         self.calls, self.entry, self.hidden, self.passing_through = {}, None, hidden, False
         yield
 
     @contextmanager
     def passing(self, hidden: torch.Tensor) -> Iterator[None]:
+        self._num_outputs = self.possible_outputs[0]
         self.hidden, self.passing_through = hidden, True
         yield
         self.hidden = None
