@@ -99,8 +99,8 @@ def assert_equal_to_transformers(
 def test_logits_equal_eager(
     tiny_checkpoint: Callable[..., Path], store_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relative error of the whole streamed path against eager, fp32, one request at a time."""
-    for model_type in FAMILIES:
+    """Relative error of the whole streamed path against eager, fp32, one request at a time; windows: test_kv_kinds."""
+    for model_type in ("llama", "mixtral"):
         path = tiny_checkpoint(model_type)
         _, logits = reference(path)
         config = run_config(path, store_root, streamed=True, pipeline=2)
