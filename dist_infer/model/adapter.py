@@ -87,8 +87,14 @@ def transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
     try:
         result = CONFIG_MAPPING[model_type].from_dict({**_plain(text), "tie_word_embeddings": False})
     except Exception as error:  # the library's strict dataclasses raise many kinds
-        raise UnsupportedModelError(f"config.json of {model_type!r} is refused by transformers: {error}") from error
+        raise UnsupportedModelError(
+            f"config.json of {model_type!r} is refused by transformers: {_flat(error)}"
+        ) from error
     return result
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +128,9 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "pa
         with suppress(Exception):  # configs that insist on a number; with one, forward looks for padding in every step
             model.config.pad_token_id = None
         return model.eval().requires_grad_(False)
-    raise UnsupportedModelError(f"transformers cannot build {config.get('model_type')!r}: {failure}") from failure
+    raise UnsupportedModelError(
+        f"transformers cannot build {config.get('model_type')!r}: {_flat(failure)}"
+    ) from failure
 
 
 def check_parameters(spec: ModelSpec, model: Any) -> None:
