@@ -342,10 +342,10 @@ def test_the_commands_and_their_flags_are_these() -> None:
         "pack": run,
         "verify": ["--json", "--set", "target"],
         "bench": [],
-        "check-arch": sorted(
-            ["--all", "--deadline", "--every-layout", "--jobs", "--json", "--pipeline", "--tensor", "--write"]
-            + ["--write-types", "targets"]
-        ),
+        "check-arch": [
+            *("--all", "--deadline", "--every-layout", "--jobs", "--json", "--pipeline", "--tensor", "--write"),
+            *("--write-types", "targets"),
+        ],
         "schema": [],
         "version": [],
     }
