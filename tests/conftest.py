@@ -87,6 +87,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
                         parameter.normal_(0, 0.15)
                     else:
                         parameter.add_(torch.randn_like(parameter) * 0.1)
+                own = dict(model.named_parameters())
+                for name, tensor in model.state_dict().items():  # a stored buffer (DeepSeek's router bias) starts as 0
+                    if name not in own:
+                        tensor.add_(torch.randn_like(tensor) * 0.1)
             directory = tmp_path_factory.mktemp(f"tiny-{model_type}")
             model.save_pretrained(directory)
             made[name] = directory

@@ -20,12 +20,29 @@ def captured_logits(
 
     The same steps whatever the plan: how many micro-batches and steps in flight there are depends on what is streamed.
     """
-    seen: list[torch.Tensor] = []
+    return [logits for logits, _ in _greedy_run(config, prompts, new_tokens, monkeypatch)]
+
+
+def logits_of_requests(
+    config: dict[str, Any], prompts: Sequence[list[int]], new_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> list[torch.Tensor]:
+    """For each prompt of a greedy run the logits [new_tokens, vocab] that its tokens were taken from."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for logits, request_ids in _greedy_run(config, prompts, new_tokens, monkeypatch):
+        for request_id, row in zip(request_ids, logits, strict=True):
+            rows.setdefault(request_id, []).append(row)
+    return [torch.stack(rows[request_id]) for request_id in sorted(rows, key=lambda name: (len(name), name))]
+
+
+def _greedy_run(
+    config: dict[str, Any], prompts: Sequence[list[int]], new_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[torch.Tensor, Sequence[str]]]:
+    seen: list[tuple[torch.Tensor, Sequence[str]]] = []
     sample = stage_runner.sample
 
-    def spy(logits: torch.Tensor, *rest: Any) -> Any:
-        seen.append(logits.clone())
-        return sample(logits, *rest)
+    def spy(logits: torch.Tensor, request_ids: Sequence[str], *rest: Any) -> Any:
+        seen.append((logits.clone(), request_ids))
+        return sample(logits, request_ids, *rest)
 
     def same_steps(**values: Any) -> SchedulerConfig:
         return SchedulerConfig(**{**values, "max_steps_in_flight": 1, "max_micro_batches": 2})

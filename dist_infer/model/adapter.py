@@ -87,8 +87,14 @@ def transformers_config(config: Mapping[str, Any]) -> PretrainedConfig:
     try:
         result = CONFIG_MAPPING[model_type].from_dict({**_plain(text), "tie_word_embeddings": False})
     except Exception as error:  # the library's strict dataclasses raise many kinds
-        raise UnsupportedModelError(f"config.json of {model_type!r} is refused by transformers: {error}") from error
+        raise UnsupportedModelError(
+            f"config.json of {model_type!r} is refused by transformers: {_flat(error)}"
+        ) from error
     return result
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +128,9 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "pa
         with suppress(Exception):  # configs that insist on a number; with one, forward looks for padding in every step
             model.config.pad_token_id = None
         return model.eval().requires_grad_(False)
-    raise UnsupportedModelError(f"transformers cannot build {config.get('model_type')!r}: {failure}") from failure
+    raise UnsupportedModelError(
+        f"transformers cannot build {config.get('model_type')!r}: {_flat(failure)}"
+    ) from failure
 
 
 def check_parameters(spec: ModelSpec, model: Any) -> None:
@@ -243,8 +251,14 @@ class StageModel:
             own = {"use_cache": True, self._cache_argument: cache}
         if self._takes_positions:
             own["position_ids"] = position_ids
-        with self._tape.recording(hidden), suppress(_EndOfStage):
-            self._model(input_ids=token_ids, **own)
+        for num_outputs in self._tape.possible_outputs:
+            try:
+                with self._tape.recording(hidden, num_outputs), suppress(_EndOfStage):
+                    self._model(input_ids=token_ids, **own)
+                break
+            except (IndexError, ValueError):  # its layers return something else, if that is not known yet
+                if num_outputs == self._tape.possible_outputs[-1]:
+                    raise
         entry = self._tape.entry if hidden is None else hidden
         if entry is None:
             raise RuntimeError("the model's forward never reached the first layer of this stage")
@@ -254,6 +268,7 @@ class StageModel:
         """One owned layer: replaces `calls.hidden` by its output."""
         positional, keywords = calls.arguments[index]
         output = self._layers[index](calls.hidden, *positional, **keywords)
+        self._tape.possible_outputs = (len(output) if isinstance(output, tuple) else 0,)
         calls.hidden = output[0] if isinstance(output, tuple) else output
 
     def finish(self, calls: LayerCalls, rows: torch.Tensor) -> torch.Tensor:
@@ -347,6 +362,8 @@ class _Tape:
         self.entry: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None  # stands for the embedding's output where that is not computed
         self.passing_through = False
+        # what a layer of this class returns: 0 for the hidden states alone, else the length of its tuple
+        self.possible_outputs = (num_outputs,) if num_outputs else (0, 2, 3)
         self._num_outputs = num_outputs
 
     def output(self, hidden: Any) -> Any:
@@ -354,12 +371,14 @@ class _Tape:
         return (hidden, *[None] * (self._num_outputs - 1)) if self._num_outputs else hidden
 
     @contextmanager
-    def recording(self, hidden: torch.Tensor | None) -> Iterator[None]:
+    def recording(self, hidden: torch.Tensor | None, num_outputs: int) -> Iterator[None]:
+        self._num_outputs = num_outputs
         self.calls, self.entry, self.hidden, self.passing_through = {}, None, hidden, False
         yield
 
     @contextmanager
     def passing(self, hidden: torch.Tensor) -> Iterator[None]:
+        self._num_outputs = self.possible_outputs[0]
         self.hidden, self.passing_through = hidden, True
         yield
         self.hidden = None

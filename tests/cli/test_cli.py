@@ -190,6 +190,11 @@ def _wrong_shape(model: Path) -> None:
 
 def _other_family(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "moshi"}))
+
+
+def _senseless_for_its_family(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba2"}))
 
 
@@ -200,7 +205,8 @@ def _other_family(model: Path) -> None:
         (_pickled, 3, ("pytorch_model.bin", "safetensors")),
         (_truncated, 3, ("model.safetensors", r"\d+.*\d+")),
         (_wrong_shape, 3, (r"model\.layers\.2\.mlp\.up_proj\.weight", r"\[96, 71\]", r"\[96, 72\]")),
-        (_other_family, 3, ("mamba2",)),
+        (_other_family, 3, ("moshi", "check-arch")),
+        (_senseless_for_its_family, 3, ("mamba2", "num_heads")),
         (shutil.rmtree, 3, ("no model at",)),
     ],
 )
@@ -336,6 +342,10 @@ def test_the_commands_and_their_flags_are_these() -> None:
         "pack": run,
         "verify": ["--json", "--set", "target"],
         "bench": [],
+        "check-arch": [
+            *("--all", "--deadline", "--every-layout", "--jobs", "--json", "--pipeline", "--tensor", "--write"),
+            *("--write-types", "targets"),
+        ],
         "schema": [],
         "version": [],
     }
