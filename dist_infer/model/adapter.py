@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from partition.errors import UnsupportedModelError
 from partition.model_spec import ModelSpec
 from partition.sharding import collectives_of, cut_axes, local_heads, units_of
 
+_building = threading.Lock()  # the library sets the process' default dtype meanwhile, and back to what it found
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,7 +117,7 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "pa
     wished = (attention.NAME, "sdpa", "eager") if path == "packed" else ("sdpa", "eager")
     for implementation in wished:
         try:
-            with torch.device("meta"):
+            with _building, torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     transformers_config(config),
                     dtype=dtype,
