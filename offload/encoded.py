@@ -99,6 +99,12 @@ class EncodedTensor:
             scales=self.scales[first : first + tiles],
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What model code asks of a tensor and codes cannot answer (`.T`, `.view`) is asked of the decoded one."""
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.decode(), name)
+
     @classmethod
     def __torch_function__(
         cls,
