@@ -199,8 +199,9 @@ class TemplateRenderer:
             self._end_child()
             if self._closed:
                 raise ClusterError(_CLOSED) from error
+            late = f"did not start within {_START_TIMEOUT_S:g} s"
             raise ClusterError(
-                f"the process that renders chat templates did not start within {_START_TIMEOUT_S:g} s: "
+                f"the process that renders chat templates {late if isinstance(error, _TimedOutError) else 'ended'}: "
                 f"{said[-1000:] or 'it said nothing'}"
             ) from error
         except BaseException:
