@@ -168,8 +168,8 @@ class RunConfig(Section):
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file (or take a mapping), apply `a.b=c` overrides, validate.
 
-    Relative model and store paths are made absolute: those in a file against its directory, those in a mapping or an
-    override against the current one.
+    Relative paths of models, stores and prompt files are made absolute: those in a file against its directory, those in
+    a mapping or an override against the current one.
     Raises ConfigError: no such file, no YAML, unknown key (with the nearest), wrong type or value, with its place.
     """
     if isinstance(source, Mapping):
@@ -272,6 +272,6 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text[:200]}: the value is {error}") from None
     if isinstance(parsed, str) and names == ["model", "path"]:
         parsed = _anchored(parsed, Path.cwd())
-    elif isinstance(parsed, str) and names == ["offload", "store"]:
+    elif isinstance(parsed, str) and names in (["offload", "store"], ["run", "prompts_file"]):
         parsed = str(Path.cwd() / _expanded(parsed))
     target[names[-1]] = parsed

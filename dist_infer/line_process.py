@@ -64,8 +64,9 @@ class LineProcess:
         except (LineTimeoutError, LineEndedError) as error:
             self._process.kill()
             said = self._stderr.read().decode(errors="replace").strip()
+            late = f"did not start within {_START_TIMEOUT_S:g} s"
             raise ClusterError(
-                f"the process that {self._what} did not start within {_START_TIMEOUT_S:g} s: "
+                f"the process that {self._what} {late if isinstance(error, LineTimeoutError) else 'ended'}: "
                 f"{said[-1000:] or 'it said nothing'}"
             ) from error
         self._stderr.close()

@@ -215,7 +215,9 @@ class LLM:
             for request_id in open_ids.values():
                 self._loop.abort(request_id)
 
-    def submit(self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]) -> str:
+    def submit(
+        self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]
+    ) -> str:
         """Queue one request; its events go to `on_event`, in the engine's thread, which waits for it. Returns its id.
 
         Raises ConfigError for what `check` refuses, ClusterError when the engine has failed or is closed.

@@ -20,13 +20,16 @@ class TextPart(Section):
 class Message(Section):
     """One chat message."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
+    role: str = Field(min_length=1, max_length=64, description="Who speaks: system, user, assistant, tool, …")
     content: str | list[TextPart] | None = Field(None, description="Needed, unless there are tool_calls.")
     name: str | None = Field(None, description="Of the tool that answers, or of the speaker.")
     tool_calls: list[dict[str, JsonValue]] | None = Field(
         None, description="Calls the assistant made: {type: function, function: {name, arguments: {...}}}."
     )
     tool_call_id: str | None = Field(None, description="The call that a tool's message answers.")
+    reasoning_content: str | None = Field(None, description="What the assistant thought, where the template shows it.")
+    reasoning: str | None = Field(None, description="The same, by the name that other templates know.")
+    thinking: str | None = Field(None, description="The same, by the name that other templates know.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -35,13 +38,13 @@ class Message(Section):
         return self
 
 
-_Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1)]
 
 
 class ChatPrompt(Section):
     """A conversation with tools or documents, for templates that know them."""
 
-    messages: _Messages = Field(description="The conversation.")
+    messages: Messages = Field(description="The conversation.")
     tools: list[dict[str, JsonValue]] | None = Field(None, description="Functions the model may call, as JSON Schemas.")
     documents: list[dict[str, JsonValue]] | None = Field(
         None, description="What the answer may draw on, e.g. {title, text}."
@@ -55,7 +58,7 @@ def _prompt_kind(value: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, Field(min_length=1), Tag("text")]
-    | Annotated[_Messages, Tag("messages")]
+    | Annotated[Messages, Tag("messages")]
     | Annotated[ChatPrompt, Tag("chat")],
     Discriminator(
         _prompt_kind,

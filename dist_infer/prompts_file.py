@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from dist_infer.config_errors import explain
 from dist_infer.config_types import Section
-from dist_infer.prompt_config import ChatPrompt, Message, Prompt
+from dist_infer.prompt_config import ChatPrompt, Messages, Prompt
 from partition.errors import ConfigError
 
 MAX_LINE_BYTES = 8 << 20
@@ -19,7 +19,7 @@ class PromptLine(Section):
     """`prompt`, a text; or `messages`, with or without `tools` and `documents`."""
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, JsonValue]] | None = None
     documents: list[dict[str, JsonValue]] | None = None
 

@@ -146,7 +146,8 @@ class Tokenizer:
         backend = getattr(self._inner, "backend_tokenizer", None)
         if backend is None:
             return False
-        decoder = json.loads(backend.to_str()).get("decoder") or {}
+        # the state of the decoder alone: the whole tokenizer as JSON is megabytes
+        decoder = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         return any(part.get("type") == "ByteFallback" for part in decoder.get("decoders", [decoder]))
 
 

@@ -50,16 +50,16 @@ def check_arch(
 
     Exit code 1: something is wrong or failed; 3: a type that was named is refused, or transformers has no such model.
     """
-    from dist_infer.check_arch.layout import layouts_of
-    from dist_infer.check_arch.report import document, transcript
-    from dist_infer.check_arch.walk import WalkOptions, walk, walk_all
-    from launch.display import make_console
-
     named = list(targets or [])
     degrees, stages = tuple(tensor or (1, 2)), tuple(pipeline or (1, 2))
     _check_options(named, every_type, degrees, stages, jobs, deadline)
     for flag, path in (("--write", write), ("--write-types", write_types)):
         _check_output(flag, path, every_type)
+    from dist_infer.check_arch.layout import layouts_of
+    from dist_infer.check_arch.report import document, transcript
+    from dist_infer.check_arch.walk import WalkOptions, walk, walk_all
+    from launch.display import make_console
+
     layouts = layouts_of(degrees, stages, every=every_layout)
     options = WalkOptions(jobs=jobs, deadline_s=deadline)
     console = make_console(stderr=as_json)
@@ -69,11 +69,12 @@ def check_arch(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its default configs warn of each other
-    from dist_infer.check_arch.tiny_config import causal_types, is_directory, text_type
+    from dist_infer.check_arch.tiny_config import causal_types, is_directory, read_config, text_type
 
     if not every_type:
         for target in named:
-            is_directory(target)  # a typing error ends here, not in a process of its own
+            if is_directory(target):  # a typing error ends here, not in a process of its own
+                read_config(Path(target))
         reports = walk(named, layouts, options, show)
     else:
         done: list[str] = []

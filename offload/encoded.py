@@ -13,6 +13,9 @@ from offload import kernels
 from offload.dtypes import dtype_named
 from partition.encoding import ROWS_PER_TILE, parts_of
 
+# not whatever a tensor has: a look at `.grad` must not decode a matrix
+_OF_THE_DECODED = ("T", "mT", "t", "transpose", "view", "reshape", "squeeze", "unsqueeze", "to", "float")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedTensor:
@@ -98,6 +101,12 @@ class EncodedTensor:
             codes=self.codes[first : first + tiles],
             scales=self.scales[first : first + tiles],
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What model code asks of a weight beside its facts is asked of the decoded one."""
+        if name not in _OF_THE_DECODED:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.decode(), name)
 
     @classmethod
     def __torch_function__(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from dist_infer import load_config
 from dist_infer.backend import make_backend
@@ -42,3 +46,20 @@ def streaming_budget(config: dict[str, Any]) -> int:
     plan = plan_run(run, open_model(run), facts, backend.footprint(run.parallel.tensor, run.parallel.pipeline))
     layers = sum(u.num_bytes for rank in plan.ranks for u in rank.units if u.name.startswith("layers"))
     return plan.budgets[0].used_bytes - layers // 3
+
+
+def greedy_reference(
+    path: Path, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy tokens of transformers for each prompt, and its logits [new_tokens, vocab] at each of them; float32."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens, logits = [], []
+    for prompt in prompts:
+        ids, rows = list(prompt), []
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                rows.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+                ids.append(int(rows[-1].argmax()))
+        tokens.append(ids[len(prompt) :])
+        logits.append(torch.stack(rows))
+    return tokens, logits

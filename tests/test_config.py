@@ -199,7 +199,7 @@ def test_the_run_section_becomes_sampling_params() -> None:
         {"engine": {"step_timeout": [1]}},
         {"offload": {"host_memory": {}}},
         {"run": {"kind": "generate", "prompts": [3]}},
-        {"run": {"kind": "generate", "prompts": [[{"role": "boss", "content": "x"}]]}},
+        {"run": {"kind": "generate", "prompts": [[{"role": "", "content": "x"}]]}},
     ],
 )
 def test_errors_of_unions_name_only_what_people_wrote(change: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,15 +18,21 @@ from pydantic import TypeAdapter
 
 from dist_infer.check_arch.layout import Layout
 
+_GRACE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One check. `work`: an empty directory of its own. `memory_bytes`: what the process may allocate."""
+    """One check. `work`: an empty directory of its own. `memory_bytes`: what the process may allocate.
+
+    `deadline_s`: the owner ends the check then; a little later it ends itself, if the owner is gone.
+    """
 
     target: str
     layouts: tuple[Layout, ...]
     work: str
     memory_bytes: int
+    deadline_s: float
 
 
 tasks: TypeAdapter[Task] = TypeAdapter(Task)
@@ -33,6 +40,7 @@ tasks: TypeAdapter[Task] = TypeAdapter(Task)
 
 def main() -> None:
     task = tasks.validate_json(sys.stdin.buffer.read())
+    signal.setitimer(signal.ITIMER_REAL, task.deadline_s + _GRACE_S)
     resource.setrlimit(resource.RLIMIT_DATA, (task.memory_bytes, task.memory_bytes))
     from dist_infer.check_arch.check import check  # imports torch, which the limit is to hold for
     from dist_infer.check_arch.report import to_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -135,5 +136,14 @@ def document(reports: Sequence[TypeReport]) -> str:
     for report in reports:
         counts[report.verdict] = counts.get(report.verdict, 0) + 1
         derived = {"verdict": report.verdict, "path": report.path, "error": report.error, "remark": report.remark}
-        rows.append({**asdict(report), **derived})
-    return json.dumps({"counts": counts, "types": rows}, allow_nan=True)
+        rows.append(_finite({**asdict(report), **derived}))
+    return json.dumps({"counts": counts, "types": rows}, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become texts."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

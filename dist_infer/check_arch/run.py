@@ -68,21 +68,17 @@ def run_layout(checkpoint: Path, store: Path, layout: Layout) -> RunResult:
     return RunResult(plan=gang.plan, positions=tuple(positions), bytes_streamed=streamed)
 
 
-def plan_of(config: dict[str, Any]) -> Plan:
-    """The plan of a run on this machine; reads headers alone."""
+def streaming_budget(config: dict[str, Any]) -> tuple[int, int]:
+    """(host_memory, kv_memory) with which a part of the layers is streamed: as much as there is a plan for."""
     run = load_config(config)
+    model = open_model(run)
     backend = make_backend(run.cluster, run.name)
     try:
         facts = backend.facts(with_devices=False, sample=None, dtype=None)
         footprint = backend.footprint(run.parallel.tensor, run.parallel.pipeline)
-        return plan_run(run, open_model(run), facts, footprint)
     finally:
         backend.close()
-
-
-def streaming_budget(config: dict[str, Any]) -> tuple[int, int]:
-    """(host_memory, kv_memory) with which a part of the layers is streamed: as much as there is a plan for."""
-    whole = plan_of(config)
+    whole = plan_run(run, model, facts, footprint)
     kv_bytes = max(rank.kv_bytes for rank in whole.ranks)
     layers = sum(u.num_bytes for rank in whole.ranks for u in rank.units if u.name.startswith("layers"))
     misfit: DistInferError | None = None
@@ -94,13 +90,13 @@ def streaming_budget(config: dict[str, Any]) -> tuple[int, int]:
             "engine": {**config["engine"], "kv_memory": kv_bytes},
         }
         try:
-            plan = plan_of(trial)
+            plan = plan_run(load_config(trial), model, facts, footprint)
         except BudgetError as error:
             misfit = error
             continue
         if any(rank.streamed_bytes_per_pass for rank in plan.ranks):
             return budget, kv_bytes
-    raise NotStreamedError(f"no budget makes this model stream: {misfit}")
+    raise NotStreamedError(f"no budget makes this model stream{f': {misfit}' if misfit else ''}")
 
 
 def _run_config(checkpoint: Path, store: Path, layout: Layout) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from dist_infer.model.adapter import transformers_config
 from partition.errors import CheckpointError, UnsupportedModelError
+from partition.model_spec import text_config
+from partition.safetensors_header import parse_json_object
 
 VOCAB = 199  # a prime: no tensor degree divides it
 WINDOW = 8  # shorter than the longest prompt, so that a window that is not honoured shows
@@ -119,15 +122,13 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def tiny_config_of(config: Mapping[str, Any]) -> PretrainedConfig:
     """The same for a parsed config.json: the model's own flags, ratios and patterns, with small numbers."""
-    text = config.get("text_config", config)
-    kind = text.get("model_type", config.get("model_type")) if isinstance(text, Mapping) else None
-    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"model_type {kind!r}: the installed transformers has no causal LM of that name")
-    try:
-        whole = CONFIG_MAPPING[kind].from_dict(dict(text)).to_dict()
-    except Exception as error:
-        raise UnsupportedModelError(f"config.json of {kind!r} is refused by transformers: {error}") from error
+    found = transformers_config(config)
+    kind, whole = found.model_type, found.to_dict()
     whole.pop("quantization_config", None)  # tiny weights are written as floats
+    whole.pop("tie_word_embeddings")  # always false in what the adapter makes; the checkpoint's own flag counts
+    tied = text_config(config).get("tie_word_embeddings")
+    if tied is not None:
+        whole["tie_word_embeddings"] = tied
     return _built(kind, shrunk(whole, exceptions().get(kind, {}).get("set", {})))
 
 
@@ -180,7 +181,7 @@ def _shrink(key: str, value: Any) -> Any:
 
 
 def _shrink_rope(values: dict[str, Any]) -> None:
-    """A rope that stretches an original length needs both lengths: the tiny model keeps their ratio."""
+    """A rope that stretches an original length needs both lengths; its factor stays."""
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         return
@@ -229,13 +230,13 @@ def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
 
 
 def _are_layer_numbers(key: str, value: Any) -> bool:
-    named = key.endswith(("_idxs", "_layers", "_layer_ids", "_indices", "_layer_ids")) and key != "no_rope_layers"
+    named = key.endswith(("_idxs", "_layers", "_layer_ids", "_indices")) and key != "no_rope_layers"
     return named and isinstance(value, list) and all(isinstance(item, int) for item in value)
 
 
 def _enough_layers(lists: list[list[Any]]) -> int:
     kinds: Callable[[list[Any]], set[str]] = lambda entries: {json.dumps(entry) for entry in entries}  # noqa: E731
-    for num_layers in range(_LAYERS, _MOST_LAYERS):
+    for num_layers in range(_LAYERS, _MOST_LAYERS + 1):
         if all(kinds(entries[:num_layers]) == kinds(entries) for entries in lists):
             return num_layers
     return _LAYERS
@@ -279,11 +280,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory. Raises CheckpointError when there is none or it cannot be read."""
     path = directory / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no config.json: give the directory of a model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not an object")
-    return found
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_json_object(data, where=str(path))

@@ -21,7 +21,7 @@ from dist_infer.check_arch.report import TypeReport, from_json
 
 DEADLINE_S = 300.0
 MEMORY_BYTES = 8 << 30
-_LOG_CHARS = 600
+_WORDS_CHARS = 200
 
 OnReport = Callable[[TypeReport], None]
 
@@ -67,11 +67,6 @@ def walk(
     return [found[target] for target in targets]
 
 
-def same_text_types(targets: Sequence[str], text_type: Callable[[str], str]) -> dict[str, str]:
-    """target -> the one to check in its place: composite types with one text part are checked once."""
-    return {target: text_type(target) for target in targets}
-
-
 def walk_all(
     types: Sequence[str],
     layouts: Sequence[Layout],
@@ -79,8 +74,8 @@ def walk_all(
     on_report: OnReport,
     text_type: Callable[[str], str],
 ) -> list[TypeReport]:
-    """A report for every type; what is the same check for several is done once."""
-    instead = same_text_types(types, text_type)
+    """A report for every type; composite types with one text part (`text_type`) are checked once."""
+    instead = {name: text_type(name) for name in types}
     reports = walk(sorted(set(instead.values())), layouts, options, on_report)
     by_type = {report.target: report for report in reports}
     return [replace(by_type[instead[name]], target=name) for name in types]
@@ -131,7 +126,9 @@ class _Check:
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
-            return self.log.read_text(encoding="utf-8", errors="replace")[-_LOG_CHARS:].strip() or "it said nothing"
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            if lines:  # of a traceback the last line is the error
+                return lines[-1][-_WORDS_CHARS:]
         return "it said nothing"
 
 
@@ -139,7 +136,13 @@ def _start(target: str, layouts: Sequence[Layout], options: WalkOptions) -> _Che
     """A fresh interpreter on this one's import path, in a session of its own so that all of it can be killed."""
     directory = tempfile.TemporaryDirectory(prefix="dist-infer-check-", ignore_cleanup_errors=True)
     work = Path(directory.name)
-    task = Task(target=target, layouts=tuple(layouts), work=str(work), memory_bytes=options.memory_bytes)
+    task = Task(
+        target=target,
+        layouts=tuple(layouts),
+        work=str(work),
+        memory_bytes=options.memory_bytes,
+        deadline_s=options.deadline_s,
+    )
     theirs_in, theirs_out = os.pipe()
     log = work / "log"
     try:
@@ -159,12 +162,8 @@ def _start(target: str, layouts: Sequence[Layout], options: WalkOptions) -> _Che
         raise
     finally:
         os.close(theirs_out)
-    if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `report` says how
-            process.stdin.write(tasks.dump_json(task))
-            process.stdin.close()
     now = time.monotonic()
-    return _Check(
+    check = _Check(
         target=target,
         process=process,
         connection=Connection(theirs_in, writable=False),
@@ -173,6 +172,15 @@ def _start(target: str, layouts: Sequence[Layout], options: WalkOptions) -> _Che
         directory=directory,
         log=log,
     )
+    try:
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it died at once: `report` says how
+                process.stdin.write(tasks.dump_json(task))
+                process.stdin.close()
+    except BaseException:
+        check.end()
+        raise
+    return check
 
 
 def _environment(jobs: int) -> dict[str, str]:

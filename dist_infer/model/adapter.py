@@ -14,13 +14,13 @@ so that no hook hides the streaming loop. Private names used: `_init_weights`, `
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,11 +31,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dist_infer.model import attention
 from dist_infer.model.latent_attention import keep_latent
 from dist_infer.model.sequence_cache import SequenceCache
+from dist_infer.model.stand_ins import (
+    EndOfStage,
+    FirstStageOnly,
+    LayerStub,
+    StageEmbedding,
+    Tape,
+    TensorParallel,
+    WholeNorm,
+    give_heads,
+)
 from offload.views import UnitWeights
 from partition.errors import UnsupportedModelError
 from partition.model_spec import ModelSpec
 from partition.sharding import collectives_of, cut_axes, local_heads, units_of
 
+_building = threading.Lock()  # the library sets the process' default dtype meanwhile, and back to what it found
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,26 +55,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def name_of(dtype: torch.dtype) -> str:
     """The key of DTYPES, and torch's own name."""
     return str(dtype).removeprefix("torch.")
-
-
-class TensorParallel(Protocol):
-    """What a stage asks of its tensor-parallel group; implemented by the worker."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def seconds(self) -> float:
-        """Spent in collectives so far."""
-        ...
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the group, in place where possible."""
-        ...
-
-    def gather_columns(self, tensor: torch.Tensor, widths: tuple[int, ...]) -> torch.Tensor:
-        """[..., own width] -> [..., sum(widths)] on tp_rank 0; elsewhere the input comes back."""
-        ...
 
 
 @dataclass
@@ -115,7 +106,7 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype, *, path: str = "pa
     wished = (attention.NAME, "sdpa", "eager") if path == "packed" else ("sdpa", "eager")
     for implementation in wished:
         try:
-            with torch.device("meta"):
+            with _building, torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     transformers_config(config),
                     dtype=dtype,
@@ -194,7 +185,7 @@ class StageModel:
         self._cache_argument = "cache_params" if "cache_params" in arguments else "past_key_values"
         self._takes_positions = "position_ids" in arguments
         self._group = group
-        self._tape = _Tape(first_layer, end_layer, spec.family.get("layer_outputs", 0))
+        self._tape = Tape(first_layer, end_layer, spec.family.get("layer_outputs", 0))
         self._places = _parameter_places(spec, model)
         self._bound: dict[str, UnitWeights] = {}
         _restore_buffers(model, device)
@@ -208,7 +199,7 @@ class StageModel:
             self._install_collectives(spec, tp_rank)
         self._replace_embedding(spec, tp_rank)
         for index in range(spec.num_layers):
-            layers[index] = _Stub(layers[index], index, self._tape)
+            layers[index] = LayerStub(layers[index], index, self._tape)
 
     @property
     def is_first(self) -> bool:
@@ -251,14 +242,16 @@ class StageModel:
             own = {"use_cache": True, self._cache_argument: cache}
         if self._takes_positions:
             own["position_ids"] = position_ids
+        first_error: Exception | None = None
         for num_outputs in self._tape.possible_outputs:
             try:
-                with self._tape.recording(hidden, num_outputs), suppress(_EndOfStage):
+                with self._tape.recording(hidden, num_outputs), suppress(EndOfStage):
                     self._model(input_ids=token_ids, **own)
                 break
-            except (IndexError, ValueError):  # its layers return something else, if that is not known yet
-                if num_outputs == self._tape.possible_outputs[-1]:
-                    raise
+            except (IndexError, ValueError) as error:  # its layers return something else, if that is not known yet
+                first_error = first_error or error
+        else:
+            raise first_error or RuntimeError("nothing is possible")
         entry = self._tape.entry if hidden is None else hidden
         if entry is None:
             raise RuntimeError("the model's forward never reached the first layer of this stage")
@@ -268,7 +261,8 @@ class StageModel:
         """One owned layer: replaces `calls.hidden` by its output."""
         positional, keywords = calls.arguments[index]
         output = self._layers[index](calls.hidden, *positional, **keywords)
-        self._tape.possible_outputs = (len(output) if isinstance(output, tuple) else 0,)
+        if len(self._tape.possible_outputs) > 1:
+            self._tape.possible_outputs = (len(output) if isinstance(output, tuple) else 0,)
         calls.hidden = output[0] if isinstance(output, tuple) else output
 
     def finish(self, calls: LayerCalls, rows: torch.Tensor) -> torch.Tensor:
@@ -296,11 +290,11 @@ class StageModel:
                 if spec.layer_kinds[index] in collective.layer_kinds:
                     module = self._model.get_submodule(collective.module.replace("{i}", str(index)))
                     if collective.kind == "local_heads":
-                        _give_heads(module, *heads)
+                        give_heads(module, *heads)
                         continue
                     if collective.kind.startswith("norm_"):
                         axis = cut.intervals[collective.kind.removeprefix("norm_")]
-                        module.forward = _WholeNorm(module, self._group, axis, tp_rank)
+                        module.forward = WholeNorm(module, self._group, axis, tp_rank)
                         continue
                     module.register_forward_hook(lambda _m, _a, output: self._group.all_reduce(output))
 
@@ -311,7 +305,7 @@ class StageModel:
             module = self._model.get_submodule(owner)
             if module is not embedding:
                 parent, _, attribute = owner.rpartition(".")
-                setattr(self._model.get_submodule(parent), attribute, _FirstStageOnly(module, self._tape))
+                setattr(self._model.get_submodule(parent), attribute, FirstStageOnly(module, self._tape))
 
     def _replace_embedding(self, spec: ModelSpec, tp_rank: int) -> None:
         embedding = self._model.get_input_embeddings()
@@ -319,137 +313,7 @@ class StageModel:
         parent, _, attribute = name.rpartition(".")
         embedding.padding_idx = None  # only matters for gradients, and must lie inside the local rows otherwise
         rows = cut_axes(spec, self._group.size).intervals["vocab"][tp_rank]
-        setattr(self._model.get_submodule(parent), attribute, _Embedding(embedding, rows, self._group, self._tape))
-
-
-def _give_heads(attention_module: Any, num_heads: int, num_kv_heads: int) -> None:
-    """A config of its own with this rank's heads, for attention that splits a joint projection by it."""
-    attention_module.config = copy.copy(attention_module.config)
-    attention_module.config.num_attention_heads = num_heads
-    attention_module.config.num_key_value_heads = attention_module.num_key_value_heads = num_kv_heads
-
-
-class _WholeNorm:
-    """In the place of an RMS norm's forward whose width is all heads: this rank has its own, and the squares of all.
-
-    Ranks that share a KV head all have its squares: each gives its part.
-    """
-
-    def __init__(self, module: Any, group: TensorParallel, axis: tuple[tuple[int, int], ...], tp_rank: int) -> None:
-        self._module, self._group = module, group
-        first, end = axis[tp_rank]
-        self._part = 1 / axis.count(axis[tp_rank])
-        self._scale = (end - first) / max(last for _, last in axis)  # of the whole width that is here
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        squares = self._group.all_reduce(x.pow(2).sum(-1, keepdim=True) * self._part)
-        variance = squares * (self._scale / x.shape[-1])
-        normed: torch.Tensor = self._module.weight * (x * torch.rsqrt(variance + self._module.variance_epsilon))
-        return normed.to(hidden_states.dtype)
-
-
-class _EndOfStage(Exception):
-    """Leaves the model's forward once the last owned layer's arguments are known."""
-
-
-class _Tape:
-    """What the stubs do at the moment: record arguments (begin), or hand hidden states through (finish)."""
-
-    def __init__(self, first: int, end: int, num_outputs: int) -> None:
-        self.first, self.end = first, end
-        self.calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.entry: torch.Tensor | None = None
-        self.hidden: torch.Tensor | None = None  # stands for the embedding's output where that is not computed
-        self.passing_through = False
-        # what a layer of this class returns: 0 for the hidden states alone, else the length of its tuple
-        self.possible_outputs = (num_outputs,) if num_outputs else (0, 2, 3)
-        self._num_outputs = num_outputs
-
-    def output(self, hidden: Any) -> Any:
-        """In the form in which the layers of this class return it."""
-        return (hidden, *[None] * (self._num_outputs - 1)) if self._num_outputs else hidden
-
-    @contextmanager
-    def recording(self, hidden: torch.Tensor | None, num_outputs: int) -> Iterator[None]:
-        self._num_outputs = num_outputs
-        self.calls, self.entry, self.hidden, self.passing_through = {}, None, hidden, False
-        yield
-
-    @contextmanager
-    def passing(self, hidden: torch.Tensor) -> Iterator[None]:
-        self._num_outputs = self.possible_outputs[0]
-        self.hidden, self.passing_through = hidden, True
-        yield
-        self.hidden = None
-
-
-class _Stub(nn.Module):
-    """In the place of a decoder layer; keeps the attributes that model code asks of a layer."""
-
-    def __init__(self, original: nn.Module, index: int, tape: _Tape) -> None:
-        super().__init__()
-        self._index, self._tape = index, tape
-        self.__dict__["_original"] = original  # not as a submodule: its layers are the stage's
-
-    def __getattr__(self, name: str) -> Any:
-        """What model code asks of a layer (attention_type, layer_idx, block_type, …) is asked of the layer."""
-        return getattr(self.__dict__["_original"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        tape = self._tape
-        if tape.passing_through:
-            return tape.output(tape.hidden)
-        if args:
-            hidden, positional = args[0], args[1:]
-        else:
-            hidden, positional = kwargs.pop("hidden_states"), ()
-        if self._index == tape.first:
-            tape.entry = hidden
-        if self._index >= tape.first:
-            tape.calls[self._index] = (positional, kwargs)
-        if self._index == tape.end - 1:
-            raise _EndOfStage
-        return tape.output(hidden)
-
-
-class _FirstStageOnly(nn.Module):
-    """Position embeddings, a norm or projection of embeddings: done once, where the embedding is."""
-
-    def __init__(self, original: nn.Module, tape: _Tape) -> None:
-        super().__init__()
-        self.original, self._tape = original, tape
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._tape.hidden is not None:
-            return self._tape.hidden
-        return self.original(*args, **kwargs)
-
-
-class _Embedding(nn.Module):
-    """The model's own embedding over this rank's vocabulary rows: foreign rows give zero, then all-reduce (exact)."""
-
-    def __init__(self, original: nn.Module, rows: tuple[int, int], group: TensorParallel, tape: _Tape) -> None:
-        super().__init__()
-        self.original = original
-        self._rows, self._group, self._tape = rows, group, tape
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # model code asks an embedding for its weight's device
-            return getattr(super().__getattr__("original"), name)
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._tape.hidden is not None:
-            return self._tape.hidden
-        if self._group.size == 1:
-            whole: torch.Tensor = self.original(token_ids)
-            return whole
-        first, end = self._rows
-        foreign = (token_ids < first) | (token_ids >= end)
-        output: torch.Tensor = self.original((token_ids - first).masked_fill(foreign, 0))
-        return self._group.all_reduce(output.masked_fill(foreign[..., None], 0))
+        setattr(self._model.get_submodule(parent), attribute, StageEmbedding(embedding, rows, self._group, self._tape))
 
 
 def layers_name(model: Any, num_layers: int) -> str:

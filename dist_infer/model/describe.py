@@ -26,6 +26,7 @@ from partition.errors import UnsupportedModelError
 from partition.model_spec import ModelSpec, longest_position, text_config
 
 Path = Literal["packed", "fallback", "stepwise"]
+_BY_CAUTION: tuple[Path, ...] = ("packed", "fallback", "stepwise")
 _PROBE_TOKENS = 5
 _WINDOWED, _PLAIN = "sliding_attention", ("full_attention", "sliding_attention")
 _WITH_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
@@ -87,8 +88,8 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
     layers = layers_name(model, num_layers)
     seen = _probe(model, layers)
     path = _path_of(model_config, num_layers, seen)
-    if not _Unchecked.allowed and checked_types()[model_type] != "packed":
-        path = checked_types()[model_type]
+    if not _Unchecked.allowed:  # never more boldly than the type was checked, or than this config looks
+        path = max(path, checked_types()[model_type], key=_BY_CAUTION.index)
     kinds, tables, outer = _tables(model, layers, num_layers, seen, kept_dtypes(meta_model(config, torch.bfloat16)))
     num_heads, num_kv_heads, head_dim, v_head_dim = _heads(model_config, seen)
     vocab = int(model_config.vocab_size)
@@ -148,7 +149,7 @@ class _Seen:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     in_layers: bool = False
-    layer_outputs: int = 0  # of a layer that returns a tuple
+    layer_outputs: int | None = None  # 0: a tensor; else the length of a tuple; None: it never came to that
     problem: str = ""
 
 

@@ -22,10 +22,11 @@ from dist_infer.messages import (
     StreamReport,
     WorkerReport,
 )
-from dist_infer.model.adapter import DTYPES, LayerCalls, StageModel, TensorParallel
+from dist_infer.model.adapter import DTYPES, LayerCalls, StageModel
 from dist_infer.model.batch_view import use_batch
 from dist_infer.model.kv_cache import KVCache
 from dist_infer.model.sequence_cache import SequenceCaches, alone
+from dist_infer.model.stand_ins import TensorParallel
 from dist_infer.worker.grammar_masks import GrammarMasks
 from dist_infer.worker.prompt_logprobs import prompt_spans, score
 from dist_infer.worker.request_table import RequestTable
@@ -130,7 +131,7 @@ class StageRunner:
         """Read the resident units; the first streamed ones are then already on their way."""
         started = time.monotonic()
         if self._encoded:
-            kernels.status()  # built here at the latest, not within the first step
+            kernels.prepare()
         self._streamer.load(progress)
         self._load_s = time.monotonic() - started
 

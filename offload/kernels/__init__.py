@@ -23,6 +23,11 @@ _FEW_BESIDE_MATMUL = {"int4": 4, "int8": 6, "fp8": 7}
 _MOST_ROWS_AT_ONCE = 512  # of x, so that the scratch is bounded
 
 
+def prepare() -> None:
+    """Find or compile the kernels now, not within the first computation. Where there are none nothing happens."""
+    loaded.get()
+
+
 def status() -> str:
     """One line for people: which kernels this process computes with, or why none."""
     library, reason = loaded.get()

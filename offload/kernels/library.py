@@ -112,7 +112,14 @@ class Library:
 
 
 def _matrix(encoded: EncodedTensor) -> _Matrix:
-    """The C view of an encoded tensor, its leading axes flattened. The tensor must outlive it."""
+    """The C view of an encoded tensor, its leading axes flattened; made once, and kept by the tensor."""
+    known: _Matrix | None = encoded.__dict__.get("_matrix")
+    if known is None:
+        known = encoded.__dict__["_matrix"] = _new_matrix(encoded)
+    return known
+
+
+def _new_matrix(encoded: EncodedTensor) -> _Matrix:
     return _Matrix(
         kind=_KINDS[encoded.encoding.partition("-")[0]],
         half_scales=encoded.scales.dtype == torch.float16,

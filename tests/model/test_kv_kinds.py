@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from logits_spy import captured_logits
-from transformers import AutoModelForCausalLM
+from small_engine import greedy_reference
 
 from dist_infer import LLM, SamplingParams
 from dist_infer.model.describe import unchecked_types
@@ -57,22 +57,6 @@ def run_config(path: Path, store: Path, **engine: Any) -> dict[str, Any]:
     }
 
 
-def reference(path: Path, new_tokens: int = NEW_TOKENS) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Greedy tokens of transformers, and its logits [new_tokens, vocab] at each of them."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens, logits = [], []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        rows = []
-        with torch.inference_mode():
-            for _ in range(new_tokens):
-                rows.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
-                ids.append(int(rows[-1].argmax()))
-        tokens.append(ids[len(prompt) :])
-        logits.append(torch.stack(rows))
-    return tokens, logits
-
-
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint(request.param.partition(",")[0], **CASES[request.param])
@@ -81,7 +65,7 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[..., Pa
 @pytest.mark.parametrize("checkpoint", CASES, indirect=True)
 def test_logits_equal_eager(checkpoint: Path, store_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request at a time: prefill in chunks, then decode past every window, in fp32."""
-    _, logits = reference(checkpoint)
+    _, logits = greedy_reference(checkpoint, PROMPTS, NEW_TOKENS)
     found = torch.cat(
         captured_logits(run_config(checkpoint, store_root, max_requests=1), PROMPTS, NEW_TOKENS, monkeypatch)
     )
@@ -98,7 +82,7 @@ def test_preempted_requests_begin_again_with_rows_of_their_own(
 ) -> None:
     """KV blocks for one long request and a little: others lose theirs, and their rings to whoever comes next."""
     new_tokens = 21  # a prompt of 43 then ends at 64, in 16 blocks; two of 21 tokens begin with 6 blocks each
-    tokens, _ = reference(checkpoint, new_tokens)
+    tokens, _ = greedy_reference(checkpoint, PROMPTS, new_tokens)
     config = run_config(checkpoint, store_root)
     spec = ModelSpec.from_config(json.loads((checkpoint / "config.json").read_text()))
     rings = ring_rows_of(spec, max_batch_tokens=8, max_model_len=64)
@@ -140,7 +124,7 @@ def test_rings_are_used_and_small(tiny_checkpoint: Callable[..., Path], store_ro
 @pytest.mark.parametrize("checkpoint", ["deepseek_v3", "gemma3_text", "mistral"], indirect=True)
 def test_answers_that_share_a_prompt_take_over_its_rows(checkpoint: Path, store_root: Path) -> None:
     """Blocks are shared, the rows of a block in part and whole rings are copied: greedy answers are all the same."""
-    tokens, _ = reference(checkpoint)
+    tokens, _ = greedy_reference(checkpoint, PROMPTS, NEW_TOKENS)
     with LLM(run_config(checkpoint, store_root)) as llm:
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, n=3)
         outputs = llm.generate(PROMPTS, params)
@@ -156,7 +140,7 @@ def test_a_type_outside_of_the_table_keeps_its_latent_too(
     dims = {"kv_lora_rank": 48, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
     path = tiny_checkpoint("glm4_moe_lite", num_key_value_heads=4, topk_group=1, num_hidden_layers=3, **dims, **experts)
-    _, logits = reference(path)
+    _, logits = greedy_reference(path, PROMPTS, NEW_TOKENS)
     config = run_config(path, store_root, max_requests=1)
     with unchecked_types():
         with LLM(config) as llm:

@@ -73,6 +73,15 @@ def test_other_functions_see_the_decoded_tensor() -> None:
     )
 
 
+def test_what_codes_cannot_answer_is_asked_of_the_decoded_tensor() -> None:
+    """Guards model code that multiplies with `weight.T` (falcon): it must get numbers, not an error, and no more."""
+    weight = encode(random(16, 64), "int8", torch.bfloat16)
+    assert torch.equal(weight.T, weight.decode().T)
+    assert torch.equal(weight.view(32, 32), weight.decode().view(32, 32))
+    with pytest.raises(AttributeError, match="grad"):  # must not cost a decoded matrix
+        _ = weight.grad
+
+
 def test_gradients_flow_through_x() -> None:
     """Guards against a kernel's result that silently has no gradient."""
     weight = encode(random(16, 64), "int8", torch.bfloat16)
