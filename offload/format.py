@@ -26,7 +26,7 @@ from partition.encoding import parts_of
 from partition.errors import StoreError
 from partition.layout import blob_layout
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = "pack.lock"
 TMP_SUFFIX = ".tmp"

@@ -86,8 +86,6 @@ class ReadAhead:
         self._reading.popleft()
         taken = self._times.popleft()
         self._stats.slow_reads.add(taken.seconds)
-        if self._timeline is not None and taken.begun_s is not None:
-            self._timeline.add("read", self._blobs[index].unit, slot, taken.begun_s, length, taken.ended_s)
         self._ring.read_done(slot)
         self._stats.bytes_read += length
         self._ring.take(slot)
@@ -137,8 +135,17 @@ class ReadAhead:
         taken = ReadTime(before)
         future = self._reader.submit(self._files[index], start, length, buffer.memory, taken.begin)
         future.add_done_callback(taken.end)
+        if self._timeline is not None:  # also of a read that nobody comes for
+            future.add_done_callback(self._noted(self._timeline, taken, index, slot))
         self._reading.append((index, slot, future))
         self._times.append(taken)
+
+    def _noted(self, timeline: Timeline, taken: ReadTime, index: int, slot: int) -> Callable[[Future[int]], None]:
+        def note(future: Future[int]) -> None:
+            if taken.begun_s is not None and not future.cancelled() and future.exception() is None:
+                timeline.add("read", self._blobs[index].unit, slot, taken.begun_s, self._lengths[index], taken.ended_s)
+
+        return note
 
     def _poison_after(self, slot: int, before: Callable[[], None] | None) -> Callable[[], None]:
         def poison() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from partition.activations import activation_bytes
 from partition.cost import StageLoad, predict_loads
 from partition.errors import BudgetError
-from partition.kv_budget import DEFAULT_MAX_MODEL_LEN, KvDecision, Pool, decide_kv
+from partition.kv_budget import TIE, KvDecision, Pool, decide_kv
 from partition.kv_layout import layers_kv, paged_bytes_per_token, ring_bytes_per_request, ring_rows_of
 from partition.plan_data import DTYPE_BYTES, KvChoice, Prediction, RankPlan, UnitPlacement
 from partition.sizes import format_size
@@ -18,7 +18,6 @@ from partition.work import Stage, Work
 NUM_DEVICE_SLOTS = 2
 _LEAST_DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, communication buffers, fragmentation
 _DEVICE_RESERVE_PER_CENT = 5
-RING_TIE = 0.99  # of the speed with blocks: as fast, and then rings hold longer sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class _Sharing:
         self.heads = [of_rank[0].num_heads for of_rank in layers]
         own = [[of_rank[stage.first_layer : stage.end_layer] for of_rank in layers] for stage in work.stages]
         self.activation = [
-            [activation_bytes(work, stage, tp, micro_batches) for tp in self.tensor] for stage in work.stages
+            [activation_bytes(work, stage, tp, micro_batches, ring_rows) for tp in self.tensor] for stage in work.stages
         ]
         self.block = [[options.block_tokens * paged_bytes_per_token(kv, options.dtype) for kv in row] for row in own]
         self.ring = [[work.max_requests * ring_bytes_per_request(kv, options.dtype) for kv in row] for row in own]
@@ -202,20 +201,26 @@ def lay_out(work: Work, *, micro_batches: int) -> Layout:
 
     Windowed layers keep rings unless blocks, of which a few short requests take less, decode faster.
     """
-    longest = work.options.max_model_len or min(work.spec.max_position, DEFAULT_MAX_MODEL_LEN)
-    rings = ring_rows_of(work.spec, max_batch_tokens=work.max_batch_tokens, max_model_len=longest)
+    rings = ring_rows_of(
+        work.spec,
+        max_batch_tokens=work.max_batch_tokens,
+        max_model_len=work.options.longest_sequence(work.spec),
+    )
     if not any(rings):
         return _lay_out(work, micro_batches, ())
     try:
         in_rings = _lay_out(work, micro_batches, rings)
-    except BudgetError:
-        return _lay_out(work, micro_batches, ())
+    except BudgetError as misfit:
+        try:
+            return _lay_out(work, micro_batches, ())
+        except BudgetError as error:
+            raise BudgetError(f"{error} (with rings for windowed layers instead of blocks: {misfit})") from misfit
     try:
         in_blocks = _lay_out(work, micro_batches, ())
     except BudgetError:
         return in_rings
     rates = [predict_step(work, found.loads, found.kv.batch).decode_tokens_per_s for found in (in_rings, in_blocks)]
-    slower = rates[0] < RING_TIE * rates[1] or in_rings.kv.max_model_len < in_blocks.kv.max_model_len
+    slower = rates[0] < TIE * rates[1] or in_rings.kv.max_model_len < in_blocks.kv.max_model_len
     return in_blocks if slower else in_rings
 
 

@@ -17,11 +17,10 @@ from partition.model_spec import ModelSpec
 from partition.plan_data import KvChoice, Plan, PlanOptions
 from partition.sizes import format_size
 
-DEFAULT_MAX_MODEL_LEN = 8192
 EXPECTED_LEN = 2048  # tokens that a request is expected to hold, when memory for KV is chosen and not given
 _SHORTEST_AUTO_LEN = 512
 _STEP = 1.25  # from one candidate to the next
-_TIE = 0.99  # of the best: as fast, and then longer sequences are worth more
+TIE = 0.99  # of the best: as fast, and then longer sequences are worth more
 
 Trial = Callable[[int, int], KvChoice | None]
 """(blocks, batch) to what that would give; None when the weights then do not fit."""
@@ -52,9 +51,9 @@ class Pool:
     @property
     def left_bytes(self) -> int:
         """For KV blocks, with no more weights in memory than must be."""
-        return self.blocks_beside(self.least_weight_bytes)
+        return self.bytes_beside(self.least_weight_bytes)
 
-    def blocks_beside(self, weight_bytes: int) -> int:
+    def bytes_beside(self, weight_bytes: int) -> int:
         """Bytes for KV blocks beside so many of weights; may be negative."""
         return self.budget_bytes - self.activation_bytes - self.ring_bytes - weight_bytes
 
@@ -80,15 +79,17 @@ def decide_kv(
     one, blocks weigh nothing. Raises BudgetError when not one sequence of engine.max_model_len fits.
     """
     asked = options.max_model_len
-    longest = asked or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
+    longest = options.longest_sequence(spec)
     one = _blocks(longest if asked else min(longest, _SHORTEST_AUTO_LEN), options)
     for pool in pools:
         if pool.left_bytes < 0:
             raise BudgetError(
                 f"{pool.name} may use {format_size(pool.budget_bytes)}, but needs at least "
                 f"{format_size(pool.least_weight_bytes)} for a ring of the largest units and "
-                f"{format_size(pool.activation_bytes)} for activations: raise {pool.key}, lower "
-                f"engine.max_batch_tokens or engine.max_requests, or use more ranks (parallel.tensor or .pipeline)"
+                f"{format_size(pool.activation_bytes + pool.ring_bytes)} for activations"
+                f"{' and the KV of windowed layers' if pool.ring_bytes else ''}: raise {pool.key}, lower "
+                f"engine.max_batch_tokens, engine.max_requests or engine.max_model_len, or use more ranks "
+                f"(parallel.tensor or .pipeline)"
             )
     plenty = max_requests * _blocks(longest, options)
     if options.kv_memory is not None:
@@ -117,7 +118,7 @@ def decide_kv(
     ]
     num_blocks = candidates[0]
     if found:
-        enough = _TIE * max(choice.tokens_per_s for choice in found)
+        enough = TIE * max(choice.tokens_per_s for choice in found)
         num_blocks = max(choice.num_blocks for choice in found if choice.tokens_per_s >= enough)
     return KvDecision(
         num_blocks=num_blocks,
@@ -170,7 +171,7 @@ def _candidates(pools: Sequence[Pool], *, one: int, expected: int, max_requests:
     # where the last streamed weights, or the ends that would be read in every pass, just stay
     for stays in ([pool.weight_bytes for pool in pools], [pool.pinned_weight_bytes for pool in pools]):
         beside = [
-            _fewest([(pool.blocks_beside(weights), pool.block_bytes)], top)
+            _fewest([(pool.bytes_beside(weights), pool.block_bytes)], top)
             for pool, weights in zip(pools, stays, strict=True)
         ]
         found |= {blocks for blocks in (min(beside), max(beside)) if least < blocks < top}

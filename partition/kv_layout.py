@@ -1,7 +1,8 @@
 """What every layer keeps of a token in the KV cache, and what that weighs.
 
-Heads keep a key and a value each; latent attention keeps one compressed row for all heads, whole
-on every rank. A windowed layer keeps a ring of its last rows for each running request.
+Heads keep a key and a value each; latent attention keeps one compressed row for all heads, whole on every rank. A
+windowed layer keeps a ring of its last rows for each running request. A type that is not packed keeps what it was seen
+to keep in the library's own caches; its blocks are counted, not allocated.
 
     paged   row = block * block_tokens + offset       as many rows as there are blocks
     ring    row = slot * ring_rows + position % ring_rows      max_requests slots, whatever the length
@@ -50,8 +51,10 @@ def ring_rows_of(spec: ModelSpec, *, max_batch_tokens: int, max_model_len: int) 
 
 def layers_kv(spec: ModelSpec, cut: AxisCut, tp_rank: int, ring_rows: Sequence[int] = ()) -> tuple[LayerKV, ...]:
     """Every layer of the model as this tensor rank keeps it. ring_rows: of the plan; () when nothing is in rings."""
-    rings = tuple(ring_rows) or (0,) * spec.num_layers
+    if spec.path != "packed":  # the library's own caches, of which only the sizes are known here
+        return tuple(LayerKV(num_heads=1, key_dim=elements, value_dim=0) for elements in spec.kv_elements)
     latent = spec.latent_dim
+    rings = tuple(ring_rows) or (0,) * spec.num_layers
     num_heads = 1 if latent else local_heads(spec, cut, tp_rank)[1]
     return tuple(
         LayerKV(

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from partition.config_keys import ConfigKeys
 from partition.errors import ConfigError, UnsupportedModelError
 from partition.families import family_of
 from partition.windows import windows_of
-
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # one number, three names among families
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +21,7 @@ class ModelSpec:
     `windows[i]`: the last positions that layer i attends to, None for all; empty where no layer has a window.
     `table`: the parameters of a type that families.json does not have, in its form; it is cut in stages only.
     `state_elements`: of float32 that a sequence keeps in all layers whatever its length (recurrent states).
+    `kv_elements[i]`: what layer i keeps of a token in the library's own cache; empty on the packed path.
     `path`: "packed": all sequences of a step in one row, over paged KV; "fallback": each by itself, over its own cache;
     "stepwise": so, and what follows a sequence's first chunk token by token (states that take one token at a time).
     """
@@ -42,6 +42,7 @@ class ModelSpec:
     windows: tuple[int | None, ...] = ()
     path: Literal["packed", "fallback", "stepwise"] = "packed"
     state_elements: int = 0
+    kv_elements: tuple[int, ...] = ()
     table: dict[str, Any] | None = None
 
     @property
@@ -65,7 +66,8 @@ class ModelSpec:
         if not isinstance(model_type, str):
             raise ConfigError("config.json has no 'model_type', so the model family is unknown")
         family = family_of(model_type)
-        keys = _Keys(text, family["defaults"], model_type)
+        refuse_bidirectional(text)
+        keys = ConfigKeys(text, family["defaults"], model_type)
         num_layers, num_heads = keys.count("num_hidden_layers"), keys.count("num_attention_heads")
         hidden, vocab = keys.count("hidden_size"), keys.count("vocab_size")
         latent = family["layer_rule"] == "first_k_dense"  # those families compress KV; heads are expanded from a latent
@@ -92,6 +94,7 @@ class ModelSpec:
             dims |= {"head_dim": head_dim, "q_width": num_heads * head_dim, "kv_width": num_kv_heads * head_dim}
             dims["qkv_width"] = dims["q_width"] + 2 * dims["kv_width"]
         layer_kinds = tuple(_LAYER_RULES[family["layer_rule"]](keys, num_layers))
+        windows = windows_of(keys, num_layers)
         dims |= _mlp_dims(keys, family["layer_rule"], layer_kinds)
         flags = {name: "q_lora" in dims if name == "q_lora" else keys.flag(name) for name in family["flags"]}
         return cls(
@@ -109,7 +112,7 @@ class ModelSpec:
             layer_kinds=layer_kinds,
             dims=dims,
             flags=flags,
-            windows=_windows(text, model_type, num_layers),
+            windows=windows if any(windows) else (),
         )
 
 
@@ -123,58 +126,29 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text
 
 
-def _windows(text: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    found = windows_of(text, model_type, num_layers)
-    return found if any(found) else ()
+def refuse_bidirectional(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError where text attends to what comes after it. config: the language model's part.
 
-
-@dataclass(frozen=True)
-class _Keys:
-    """Checked reading of config keys, with the family's own defaults for what config.json leaves out."""
-
-    config: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    model_type: str
-
-    def get(self, key: str) -> Any:
-        return self.config[key] if key in self.config else self.defaults.get(key)
-
-    def count(self, key: str, *, absent: int | None = None, least: int = 1) -> int:
-        """An integer ≥ least; `absent` is what a missing or null key means."""
-        value = self.get(key)
-        if value is None:
-            value = absent
-        if value is None:
-            raise ConfigError(f"config.json of a {self.model_type} model has no {key!r}")
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**40:
-            raise ConfigError(f"config.json: {key!r} is {value!r}, but must be a whole number of at least {least}")
-        return value
-
-    def flag(self, key: str, otherwise: Any = None) -> bool:
-        value = self.config.get(key)
-        value = otherwise if value is None else value
-        value = self.defaults.get(key) if value is None else value
-        if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"config.json: {key!r} is {value!r}, but must be true or false")
-        return bool(value)
-
-    def experts(self) -> int:
-        for key in _EXPERT_KEYS:
-            if self.get(key) is not None:
-                return self.count(key)
-        raise ConfigError(f"config.json of a {self.model_type} model has none of {', '.join(_EXPERT_KEYS)}")
+    "vision" (of Gemma 4) is about image tokens alone.
+    """
+    asked = config.get("use_bidirectional_attention")
+    if asked and asked != "vision":
+        raise UnsupportedModelError(
+            f"config.json has use_bidirectional_attention: {asked!r}, so its tokens attend to those after them, as in "
+            "a model for embeddings; only models that generate text token by token are run"
+        )
 
 
 def longest_position(config: Mapping[str, Any], model_type: str, most: int) -> int:
     """`most`, or less where longer sequences would not be computed right. config: the text part."""
-    return _longest(_Keys(config, {}, model_type), most)
+    return _longest(ConfigKeys(config, {}, model_type), most)
 
 
-def _max_position(keys: _Keys) -> int:
+def _max_position(keys: ConfigKeys) -> int:
     return _longest(keys, keys.count("max_position_embeddings"))
 
 
-def _longest(keys: _Keys, most: int) -> int:
+def _longest(keys: ConfigKeys, most: int) -> int:
     """The longest sequence that is computed right.
 
     longrope has two sets of frequencies and takes the long one when any position of a batch is past the original
@@ -197,29 +171,29 @@ def _longest(keys: _Keys, most: int) -> int:
     return most
 
 
-def _all_dense(keys: _Keys, num_layers: int) -> list[str]:
+def _all_dense(keys: ConfigKeys, num_layers: int) -> list[str]:
     return ["dense"] * num_layers
 
 
-def _all_moe(keys: _Keys, num_layers: int) -> list[str]:
+def _all_moe(keys: ConfigKeys, num_layers: int) -> list[str]:
     return ["moe"] * num_layers
 
 
-def _first_k_dense(keys: _Keys, num_layers: int) -> list[str]:
+def _first_k_dense(keys: ConfigKeys, num_layers: int) -> list[str]:
     if keys.get("moe_layer_freq") not in (None, 1):
         raise UnsupportedModelError(f"moe_layer_freq {keys.get('moe_layer_freq')!r} is not supported, only 1")
     dense = keys.count("first_k_dense_replace", least=0)
     return ["dense" if layer < dense else "moe" for layer in range(num_layers)]
 
 
-def _sparse_step(keys: _Keys, num_layers: int) -> list[str]:
+def _sparse_step(keys: ConfigKeys, num_layers: int) -> list[str]:
     step, dense = keys.count("decoder_sparse_step"), keys.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise ConfigError(f"config.json: 'mlp_only_layers' is {dense!r}, but must be a list of layer numbers")
     return ["dense" if layer in dense or (layer + 1) % step else "moe" for layer in range(num_layers)]
 
 
-_LAYER_RULES: dict[str, Callable[[_Keys, int], list[str]]] = {
+_LAYER_RULES: dict[str, Callable[[ConfigKeys, int], list[str]]] = {
     "dense": _all_dense,
     "moe": _all_moe,
     "first_k_dense": _first_k_dense,
@@ -227,7 +201,7 @@ _LAYER_RULES: dict[str, Callable[[_Keys, int], list[str]]] = {
 }
 
 
-def _mlp_dims(keys: _Keys, rule: str, layer_kinds: tuple[str, ...]) -> dict[str, int]:
+def _mlp_dims(keys: ConfigKeys, rule: str, layer_kinds: tuple[str, ...]) -> dict[str, int]:
     dims: dict[str, int] = {}
     if "dense" in layer_kinds:
         dims["inter"] = keys.count("intermediate_size")

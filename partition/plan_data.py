@@ -13,11 +13,13 @@ Tier = Literal["device", "host", "nvme", "rows"]
 # 32, a mask or two, scratch of a sort on a GPU 16
 SAMPLING_BYTES_PER_LOGIT = 80
 SAMPLING_BYTES = 20 << 20  # rows are drawn in slices of this size, so that sampling stays within the plan
-ATTENTION_SCORES = 1 << 20  # query rows × keys of one attention call; long prompts are attended in slices of rows
+HEAD_ROWS = 16  # rows of logits that the head computes at once, at least, for log-probabilities of prompts
+ATTENTION_SCORES = 1 << 20  # query rows × keys that one attention call computes; long prompts go in slices of rows
 LATENT_ELEMENTS = 1 << 24  # of what latent attention expands or absorbs at a time; it works in slices of this size
-ATTENTION_BYTES_PER_SCORE = 8  # the mask, as bool and as float
+ATTENTION_BYTES_PER_SCORE = 16  # masks as bool and as float; with a softcap or sinks scores, edited, and their softmax
 ROW_STAGING_BYTES = 8 << 20  # pages that hold the rows of an embedding on disk; long prompts take several rounds
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DEFAULT_MAX_MODEL_LEN = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class PlanOptions:
     max_model_len: int | None = None
     process_footprint_bytes: int = 600 << 20
     launcher_footprint_bytes: int = 0
+
+    def longest_sequence(self, spec: ModelSpec) -> int:
+        """Tokens that a sequence may have if memory allows it."""
+        return self.max_model_len or min(spec.max_position, DEFAULT_MAX_MODEL_LEN)
 
 
 @dataclass(frozen=True, kw_only=True)

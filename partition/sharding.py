@@ -163,24 +163,13 @@ def shard_intervals(parameter: ParameterSpec, cut: AxisCut, tp_rank: int) -> tup
     split = parameter.split
     if split is None:
         return ()
-    if split.axes:
-        return _joined_intervals(parameter, split, cut, tp_rank)
-    axis = cut.intervals[split.axis]
-    part = parameter.shape[split.dim] // split.blocks
-    size = max(end for _, end in axis)
-    if part * split.blocks != parameter.shape[split.dim] or part % size:
-        raise ValueError(f"{parameter.name} {parameter.shape}: {split} does not fit an axis of {size}")
-    width, (start, end) = part // size, axis[tp_rank]
-    return tuple((block * part + start * width, block * part + end * width) for block in range(split.blocks))
-
-
-def _joined_intervals(parameter: ParameterSpec, split: Split, cut: AxisCut, tp_rank: int) -> tuple[Interval, ...]:
-    sizes = [max(end for _, end in cut.intervals[axis]) for axis in split.axes]
+    axes = split.axes or (split.axis,) * split.blocks
+    sizes = [max(end for _, end in cut.intervals[axis]) for axis in axes]
     width, rest = divmod(parameter.shape[split.dim], sum(sizes))
     if rest:
         raise ValueError(f"{parameter.name} {parameter.shape}: {split} does not fit axes of {sizes}")
     found, first = [], 0
-    for axis, size in zip(split.axes, sizes, strict=True):
+    for axis, size in zip(axes, sizes, strict=True):
         start, end = cut.intervals[axis][tp_rank]
         found.append(((first + start) * width, (first + end) * width))
         first += size

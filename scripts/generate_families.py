@@ -119,6 +119,8 @@ DEFAULTS_KEPT = (  # config keys whose absence from config.json means the class 
     "n_shared_experts",
     "q_lora_rank",
     "num_experts_per_tok",
+    "sliding_window",
+    "max_window_layers",
 )
 WHOLE = {"colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
 

@@ -114,12 +114,15 @@ def paged_attention(
     rep = num_query_heads // num_kv_heads
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     outputs = []
+    keys = values = None
     for index, span in enumerate(batch.spans):
         before = span.length - span.num_new
         oldest = span.first_key(sliding_window)
+        del keys, values  # one context at a time: it may be a copy
         keys, values = cache.read(layer, span.positions, span.slot, oldest, span.length)
         keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        step = max(1, MAX_SCORES // (rep * (span.length - oldest)))
+        at_once = rep if softcap is None and s_aux is None else num_query_heads  # heads whose scores lie in memory
+        step = max(1, MAX_SCORES // (at_once * (span.length - oldest)))
         for start in range(0, span.num_new, step):
             rows = slice(start, min(start + step, span.num_new))
             # Query heads of one KV group are folded into the rows, so that K and V are never repeated.
@@ -132,6 +135,7 @@ def paged_attention(
                 out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             else:
                 out = _explicit_attention(q, k, v, mask, scale, softcap, s_aux, rep)
+            del k, v
             outputs.append(out.reshape(num_query_heads, rows.stop - rows.start, value.shape[-1]))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined.transpose(0, 1).contiguous()[None], None  # some classes take a view of it
@@ -139,7 +143,7 @@ def paged_attention(
 
 def _check_window(layer: int, kind: LayerKV, window: int | None) -> None:
     """A ring forgets what is past its window: a call that looks further back would get other positions' rows."""
-    if kind.ring_rows and (window is None or kind.window is None or window > kind.window):
+    if kind.window is not None and (window is None or window > kind.window):
         raise RuntimeError(
             f"layer {layer} keeps the last {kind.window} positions, but the model class attends to "
             f"{'all' if window is None else window}: partition/windows.py does not describe this model"

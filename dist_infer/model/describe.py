@@ -20,10 +20,10 @@ from torch import nn
 
 from dist_infer.model import attention
 from dist_infer.model.adapter import kept_dtypes, layers_name, meta_model
+from dist_infer.model.cache_probe import probe_cache
 from dist_infer.model.latent_attention import latent_dim_of
-from dist_infer.model.sequence_cache import SequenceCache
 from partition.errors import UnsupportedModelError
-from partition.model_spec import ModelSpec, longest_position, text_config
+from partition.model_spec import ModelSpec, longest_position, refuse_bidirectional, text_config
 
 Path = Literal["packed", "fallback", "stepwise"]
 _BY_CAUTION: tuple[Path, ...] = ("packed", "fallback", "stepwise")
@@ -73,10 +73,11 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a type that partition's family table does not have; it can be cut in stages, not in tensor ranks.
 
     Raises UnsupportedModelError: transformers does not know it, it was not found equal to transformers, or the class
-    is built in a way that cannot be cut into units.
+    is built in a way that cannot be cut into units, or keeps of a sequence what cannot be counted.
     """
     text = text_config(config)
     model_type = str(text.get("model_type"))
+    refuse_bidirectional(text)
     if not _Unchecked.allowed and model_type not in checked_types():
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not among the {len(checked_types())} types that were found to give the "
@@ -109,6 +110,7 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
     }
     if path == "packed" and (latent := _latent_dim(model.get_submodule(layers), seen)):
         dims["kv_a_width"] = latent
+    keeps = probe_cache(config, num_layers, num_kv_heads * (head_dim + v_head_dim)) if path != "packed" else None
     return ModelSpec(
         model_type=model_type,
         num_layers=num_layers,
@@ -125,8 +127,10 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
         flags={},
         windows=_windows(seen) if path == "packed" else (),
         path=path,
-        state_elements=_state_elements(model) if path != "packed" else 0,
+        state_elements=keeps.state_elements if keeps else 0,
+        kv_elements=keeps.kv_elements if keeps else (),
         table={
+            "eager": keeps is not None and keeps.eager,
             "architecture": type(model).__name__,
             "attention": "replicated",
             "flags": [],
@@ -268,19 +272,6 @@ def _heads(config: Any, seen: _Seen) -> tuple[int, int, int, int]:
     heads = int(_integer(config, "num_attention_heads") or 1)
     width = int(_integer(config, "head_dim") or max(1, int(config.hidden_size) // heads))
     return heads, int(_integer(config, "num_key_value_heads") or heads), width, width
-
-
-def _state_elements(model: Any) -> int:
-    """Elements that a sequence keeps whatever its length, in all layers; 0 where meta tensors cannot tell."""
-    stage = SequenceCache(model.config, range(model.config.num_hidden_layers))
-    arguments = inspect.signature(type(model).forward).parameters
-    name = "cache_params" if "cache_params" in arguments else "past_key_values"
-    try:
-        with torch.inference_mode(), attention.recorded_calls():
-            model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=True, **{name: stage})
-    except Exception:  # the same classes that cannot be probed at all
-        return 0
-    return stage.num_state_elements
 
 
 def _windows(seen: _Seen) -> tuple[int | None, ...]:

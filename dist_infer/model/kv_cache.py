@@ -29,7 +29,6 @@ class KVCache:
         self._layers = dict(layers)
         self._pools: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacks: dict[LayerKV, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._num_slots = num_slots
         for kind in dict.fromkeys(layers.values()):
             own = [layer for layer, of_layer in layers.items() if of_layer == kind]
             rows = num_slots * kind.ring_rows if kind.ring_rows else num_rows
@@ -88,9 +87,6 @@ class KVCache:
 
     def copy_slot(self, source: int, target: int) -> None:
         """The ring of one request to another's, in all layers that keep rings."""
-        for slot in (source, target):
-            if not 0 <= slot < self._num_slots:
-                raise RuntimeError(f"KV ring {slot} of {self._num_slots}")
         for kind, stack in self._stacks.items():
             rows = kind.ring_rows
             for pool in stack if rows else ():

@@ -12,6 +12,7 @@ Shapes: H local heads, Dn/Dr no-position/rotary dims of q and k, Dv value dim, R
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from dist_infer.model.batch_view import BatchView, SequenceSpan
 from dist_infer.model.kv_cache import KVCache
-from offload.encoded import EncodedTensor
 from partition.errors import UnsupportedModelError
 from partition.plan_data import ATTENTION_SCORES, LATENT_ELEMENTS
 
@@ -63,35 +63,42 @@ def latent_attention(
     layer = module.layer_idx
     if row.shape[1] != 1 or row.shape[-1] != cache.kind(layer).key_dim:
         raise RuntimeError(f"layer {layer}: KV rows of {tuple(row.shape)} where the latent was to come")
-    rows_written = batch.write_rows(cache.kind(layer).ring_rows)
-    cache.pools(layer)[0][rows_written] = row[0].transpose(0, 1)
+    cache.pools(layer)[0][batch.write_positions] = row[0].transpose(0, 1)
     heads, num_tokens = query.shape[1], query.shape[2]
     expansion = _Expansion(module, heads)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output = query.new_empty(heads, num_tokens, expansion.v_dim)
-    absorbed: list[tuple[int, SequenceSpan, Tensor]] = []
+    absorbed: list[tuple[int, SequenceSpan]] = []
+
+    def context(span: SequenceSpan) -> Tensor:
+        """[C, R + Dr]; may be a copy, so one at a time."""
+        return cache.read(layer, span.positions, span.slot, 0, span.length)[0][:, 0]
+
     for index, span in enumerate(batch.spans):
-        rows, _ = cache.read(layer, span.positions, span.slot, 0, span.length)
         if expansion.is_cheaper(span.num_new, span.length):
-            _expanded(query[0], rows[:, 0], index, span, batch, expansion, scale, output)
+            _expanded(query[0], context(span), index, span, batch, expansion, scale, output)
         else:
-            absorbed.append((index, span, rows[:, 0]))
+            absorbed.append((index, span))
     if absorbed:
-        _absorbed(query[0], absorbed, batch, expansion, scale, output)
+        _absorbed(query[0], absorbed, context, batch, expansion, scale, output)
     return output.transpose(0, 1)[None]
 
 
 class _Expansion:
-    """The weight that expands latents, by head: keys [H, Dn, R], values [H, Dv, R]; decoded once a call."""
+    """The weight that expands latents, by head: keys [H, Dn, R], values [H, Dv, R]. It is a float in every encoding."""
 
     def __init__(self, module: Any, heads: int) -> None:
-        weight = module.kv_b_proj.weight
-        if isinstance(weight, EncodedTensor):
-            weight = weight.decode()
+        weight: Tensor = module.kv_b_proj.weight
         self.nope, self.rope = int(module.qk_nope_head_dim), int(module.qk_rope_head_dim)
         self.v_dim, self.rank = int(module.v_head_dim), int(module.kv_lora_rank)
         by_head = weight.view(heads, self.nope + self.v_dim, self.rank)
         self.keys, self.values = by_head[:, : self.nope], by_head[:, self.nope :]
+
+    def out_of_latent(self, mixed: Tensor) -> Tensor:
+        """[H, N, R] -> [H, N, Dv]. In half precision the weight goes first: 4 to 6 times as fast on a CPU."""
+        if mixed.dtype == torch.float32:
+            return mixed @ self.values.transpose(1, 2)
+        return (self.values @ mixed.transpose(1, 2)).transpose(1, 2)
 
     def is_cheaper(self, new: int, length: int) -> bool:
         """Whether expanding `length` latents costs fewer multiplications a head than absorbing `new` queries."""
@@ -102,7 +109,8 @@ class _Expansion:
 
 def _absorbed(
     query: Tensor,  # [H, T, Dn + Dr]
-    spans: list[tuple[int, SequenceSpan, Tensor]],  # with the context rows [C, R + Dr]
+    spans: list[tuple[int, SequenceSpan]],
+    context: Callable[[SequenceSpan], Tensor],
     batch: BatchView,
     expansion: _Expansion,
     scale: float,
@@ -113,45 +121,45 @@ def _absorbed(
     width = rank + expansion.rope
     room = max(1, LATENT_ELEMENTS // (heads * (width + rank)))
     for part in _parts(spans, room):
-        picked = torch.cat([query[:, span.first + rows.start : span.first + rows.stop] for _, span, rows, _ in part], 1)
+        picked = torch.cat([query[:, span.first + rows.start : span.first + rows.stop] for _, span, rows in part], 1)
         latent = torch.cat([picked[..., : expansion.nope] @ expansion.keys, picked[..., expansion.nope :]], dim=-1)
         mixed = latent.new_empty(heads, latent.shape[1], rank)
         at = 0
-        for index, span, rows, context in part:
-            num_keys = span.length - span.num_new + rows.stop
-            step = max(1, ATTENTION_SCORES // (heads * num_keys))
+        for index, span, rows in part:
+            before = span.length - span.num_new
+            known = context(span)
+            step = max(1, ATTENTION_SCORES // (heads * (before + rows.stop)))
             for start in range(rows.start, rows.stop, step):
                 some = slice(start, min(start + step, rows.stop))
                 count = some.stop - some.start
-                seen = context[: span.length - span.num_new + some.stop][None, None]
+                seen = known[: before + some.stop][None, None]
                 q = latent[:, at : at + count].reshape(1, 1, heads * count, width)
                 mask = batch.mask(index, some, heads, None, query.device)
                 # values as wide as keys: what attention kernels want; the rotary part of the output is dropped
                 out = scaled_dot_product_attention(q, seen, seen, attn_mask=mask, scale=scale)
                 mixed[:, at : at + count] = out.view(heads, count, width)[..., :rank]
                 at += count
-        values = mixed @ expansion.values.transpose(1, 2)
+            del known, seen  # before the next is read
+        values = expansion.out_of_latent(mixed)
         at = 0
-        for _, span, rows, _ in part:
+        for _, span, rows in part:
             count = rows.stop - rows.start
             output[:, span.first + rows.start : span.first + rows.stop] = values[:, at : at + count]
             at += count
 
 
-def _parts(
-    spans: list[tuple[int, SequenceSpan, Tensor]], room: int
-) -> list[list[tuple[int, SequenceSpan, slice, Tensor]]]:
+def _parts(spans: list[tuple[int, SequenceSpan]], room: int) -> list[list[tuple[int, SequenceSpan, slice]]]:
     """The spans' rows in groups of at most `room`, cut where need be."""
-    parts: list[list[tuple[int, SequenceSpan, slice, Tensor]]] = [[]]
+    parts: list[list[tuple[int, SequenceSpan, slice]]] = [[]]
     left = room
-    for index, span, context in spans:
+    for index, span in spans:
         start = 0
         while start < span.num_new:
             if left == 0:
                 parts.append([])
                 left = room
             stop = min(span.num_new, start + left)
-            parts[-1].append((index, span, slice(start, stop), context))
+            parts[-1].append((index, span, slice(start, stop)))
             left -= stop - start
             start = stop
     return parts

@@ -16,6 +16,7 @@ from dist_infer.model.sequence_cache import SequenceCache, SequenceCaches, alone
 from dist_infer.startup import spec_of
 from partition.errors import UnsupportedModelError
 from partition.families import family_table
+from partition.model_spec import ModelSpec
 from partition.plan import Plan
 from partition.sharding import cut_axes, units_of
 
@@ -112,3 +113,50 @@ def test_a_stage_knows_how_long_a_sequence_is_without_its_first_layer() -> None:
     assert cache.get_seq_length() == 7
     assert cache.get_query_offset() == 7
     assert cache.get_mask_sizes(3, 0) == (10, 0)
+
+
+def fallback_spec(model_type: str, **changes: Any) -> ModelSpec:
+    config = config_of(model_type)
+    return describe({**config, **changes})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "elements"),
+    [
+        ("falcon", {2 * 16}),  # one key for all heads, which its config does not say by a number
+        ("mamba", {0}),
+        ("jamba", {0, 2 * 2 * 16}),
+        ("mimo_v2_flash", {2 * 2 * 16, 4 * 2 * 16}),  # more KV heads in windowed layers
+        ("kimi_linear", {0, 16 + 8}),  # latents in the library's own cache
+        ("qwen4_exp_text", {0, 2 * 2 * 16 + 16}),  # keys of an indexer beside keys and values
+        ("dbrx", {2 * 2 * 16}),  # its first layer alone runs without weights
+        ("jetmoe", {2 * 2 * 16}),  # and none of these
+    ],
+)
+def test_what_a_token_keeps_is_found_layer_by_layer(model_type: str, elements: set[int]) -> None:
+    """Guards plans for falcon with 71 times its KV, and ones for mamba that count KV it has not got."""
+    spec = fallback_spec(model_type)
+    assert len(spec.kv_elements) == spec.num_layers
+    assert set(spec.kv_elements) == elements
+
+
+@pytest.mark.parametrize(("model_type", "eager"), [("bloom", True), ("gptj", True), ("falcon", False), ("opt", False)])
+def test_a_type_without_another_attention_is_known(model_type: str, eager: bool) -> None:
+    """Its scores are computed whole, which the plan has to count."""
+    assert fallback_spec(model_type).family["eager"] is eager
+
+
+def test_states_that_cannot_be_counted_are_refused_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were planned as nothing, and a server ran out of memory with its first requests."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no such kernel on meta")
+
+    monkeypatch.setattr("transformers.models.jamba.modeling_jamba.JambaMambaMixer.forward", fails)
+    with pytest.raises(UnsupportedModelError, match=r"jamba: .* without weights .*no such kernel on meta"):
+        fallback_spec("jamba")
+
+
+def test_attention_to_both_sides_is_refused_for_types_of_no_table_too() -> None:
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention: True"):
+        fallback_spec("gemma", use_bidirectional_attention=True)

@@ -10,8 +10,9 @@ from conftest import tiny_config
 
 from dist_infer.model import attention
 from dist_infer.model.adapter import meta_model
+from partition.config_keys import ConfigKeys
 from partition.errors import ConfigError
-from partition.families import family_table
+from partition.families import family_of, family_table
 from partition.windows import RULES, windows_of
 
 NUM_LAYERS = 8
@@ -38,8 +39,11 @@ CHANGES: list[dict[str, Any]] = [
     {"sliding_window": 7, "use_sliding_window": False},
     {"sliding_window": 7, "sliding_window_pattern": 2},
     {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"] * 4, "use_sliding_window": True},
-    {"sliding_window": 8, "use_bidirectional_attention": True},
 ]
+
+
+def windows_of_config(config: dict[str, Any], model_type: str) -> tuple[int | None, ...]:
+    return windows_of(ConfigKeys(config, family_of(model_type)["defaults"], model_type), NUM_LAYERS)
 
 
 def windows_at_run_time(config: dict[str, Any]) -> tuple[int | None, ...]:
@@ -55,14 +59,14 @@ def windows_at_run_time(config: dict[str, Any]) -> tuple[int | None, ...]:
 def test_windows_are_those_of_the_model_class(model_type: str, changes: dict[str, Any]) -> None:
     """Guards the rules and the class defaults behind keys that config.json leaves out."""
     config = {"model_type": model_type, **SIZES, **changes}
-    assert windows_of(config, model_type, NUM_LAYERS) == windows_at_run_time(config)
+    assert windows_of_config(config, model_type) == windows_at_run_time(config)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_windows_of_a_written_config(model_type: str) -> None:
     """A config.json that names every key, as save_pretrained writes it."""
     config = tiny_config(model_type).to_dict()
-    assert windows_of(config, model_type, NUM_LAYERS) == windows_at_run_time(config)
+    assert windows_of_config(config, model_type) == windows_at_run_time(config)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +80,4 @@ def test_windows_of_a_written_config(model_type: str) -> None:
 )
 def test_senseless_keys_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        windows_of(changes, "gemma3_text", NUM_LAYERS)
+        windows_of_config(changes, "gemma3_text")

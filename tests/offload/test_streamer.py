@@ -19,6 +19,7 @@ from offload.readers.threads import ThreadReader
 from offload.residents import ResidentLoader
 from offload.slots import POISON_BYTE, SlotState
 from offload.streamer import Streamer
+from offload.timeline import Timeline
 from partition.errors import StoreError
 
 NUM_UNITS = 6
@@ -94,6 +95,22 @@ def one_pass(streamer, num_units=NUM_UNITS):
     for index in range(num_units):
         streamer.wait(index)
         streamer.release(index)
+
+
+def test_a_read_is_in_the_timeline_when_it_ended_and_not_when_it_was_used(store):
+    """The last reads of a run are ahead of a pass that never comes: pictures showed an idle disk there."""
+    timeline = Timeline()
+    streamer = loaded(store, ScriptedReader({1: Fail()}), timeline=timeline, num_slots=3)
+    ahead, _ = timeline.drain()
+    assert [(event.kind, event.unit, event.slot) for event in ahead] == [
+        ("read", "layers.0", 0),
+        ("read", "layers.2", 2),
+    ]
+    assert all(0 < event.start_s <= event.end_s and event.num_bytes for event in ahead)
+    streamer.wait(0)
+    events, _ = timeline.drain()
+    assert "read" not in {event.kind for event in events}
+    streamer.close()
 
 
 TIERS = st.lists(st.sampled_from(["device", "host", "nvme"]), min_size=NUM_UNITS, max_size=NUM_UNITS)

@@ -87,6 +87,22 @@ def test_ranks_may_differ_in_what_they_can_encode():
         assert kept[0] == kept[1] == kept[2]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.kv_b_proj.weight",  # multiplied with from both sides at every step
+        "mlp.gate.weight",
+        "ffn.router.layer.weight",  # dbrx and jetmoe: a flipped expert is not a small error
+        "mlp.shared_expert_gate.weight",  # one row would take a tile of sixteen
+    ],
+)
+@pytest.mark.parametrize("wished", ["int8", "int4", "fp8", "as-is"])
+def test_routers_and_latent_expansions_stay_floats(name, wished):
+    parameter = ParameterSpec(name=f"model.layers.0.{name}", shape=(64, 128))
+    choice = EncodingChoice(wished=wished, stored={parameter.name: "int8-g32"})
+    assert choice.of("layers.0", parameter, parameter.shape) == "raw"
+
+
 def test_as_is_weighs_what_the_checkpoint_holds():
     name = LAYER.parameters[0].name
     some = EncodingChoice(wished="as-is", stored={name: "int8-g32"})

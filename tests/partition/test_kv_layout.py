@@ -152,6 +152,17 @@ def test_rings_yield_to_blocks_where_memory_is_short():
         plan(spec, 2048 * MIB, max_requests=64, kv_memory=5 * MIB, max_model_len=4096)
 
 
+def test_where_neither_rings_nor_blocks_fit_both_reasons_are_told():
+    """A lower engine.max_requests helps the rings, a lower engine.max_model_len the blocks: people need both."""
+    with pytest.raises(BudgetError) as caught:
+        plan(windowed("mistral"), 2048 * MIB, kv_memory=MIB, max_model_len=2048)
+    words = str(caught.value)
+    assert words.startswith(
+        "one sequence of 2048 tokens needs 24.00 MiB of KV cache a rank, engine.kv_memory is 1.00 MiB"
+    )
+    assert "with rings for windowed layers instead of blocks: " in words
+
+
 def test_windows_past_the_longest_sequence_change_nothing():
     made = plan(windowed(window=4096), 512 * MIB)
     assert made.ring_rows == ()

@@ -109,6 +109,16 @@ def test_longrope_is_served_up_to_its_original_length(rope):
     assert ModelSpec.from_config(LONGROPE | {"rope_scaling": {"rope_type": "linear"}}).max_position == 131072
 
 
+@pytest.mark.parametrize("asked", [True, "all"])
+def test_attention_to_both_sides_is_refused(asked):
+    """EmbeddingGemma is a gemma3_text: it was run with causal attention, so its numbers were wrong without a word."""
+    gemma = LLAMA | {"model_type": "gemma3_text"}
+    with pytest.raises(UnsupportedModelError, match=r"use_bidirectional_attention: .*model for embeddings"):
+        ModelSpec.from_config(gemma | {"use_bidirectional_attention": asked})
+    for harmless in (False, None, "vision"):
+        assert ModelSpec.from_config(gemma | {"use_bidirectional_attention": harmless}).num_layers
+
+
 def test_longrope_of_unknown_original_length_is_refused():
     with pytest.raises(UnsupportedModelError, match="original_max_position_embeddings"):
         ModelSpec.from_config(LONGROPE | {"rope_scaling": {"type": "longrope"}})

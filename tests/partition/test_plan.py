@@ -336,7 +336,7 @@ def test_encoded_weights_are_planned_at_their_own_size(tensor):
     def planned(wished):
         wanted = options(
             tensor=tensor,
-            host_memory=90 * MIB,
+            host_memory=100 * MIB,
             max_batch_tokens=64,
             max_requests=1,
             encodings=EncodingChoice(wished=wished),
