@@ -19,8 +19,9 @@ from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.engine.stats import EngineStats
+from dist_infer.grammar import Grammar
 from dist_infer.grammar_checker import GrammarChecker
-from dist_infer.messages import StreamReport, TimelineReport
+from dist_infer.messages import StreamReport, TimelineReport, WorkerReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from dist_infer.startup import Gang, OnProgress, Progress
@@ -30,6 +31,8 @@ from partition.errors import CheckpointError, ConfigError
 from partition.plan import Plan
 
 Prompt = str | Sequence[int]
+_REPORT_TIMEOUT_S = 2.0
+_FINAL_REPORT_TIMEOUT_S = 30.0
 _EVENT_POLL_S = 1.0  # only so that Ctrl-C is seen by a waiting main thread on every platform
 
 
@@ -74,19 +77,21 @@ class LLM:
                     max_model_len=plan.max_model_len,
                     max_steps_in_flight=plan.max_steps_in_flight,
                     shares_prompts=plan.model.path == "packed",
+                    has_rings=any(plan.ring_rows),
                 )
             )
-            grammars = None
+            self._grammars = None
             if (known := self._tokenizer) is not None:
-                grammars = GrammarChecker(lambda: known.vocabulary(plan.model.vocab_size))
-                stack.callback(grammars.close)
+                self._grammars = GrammarChecker(lambda: known.vocabulary(plan.model.vocab_size))
+                stack.callback(self._grammars.close)
             eos = self.gang.model.eos_token_ids + (self._tokenizer.eos_token_ids() if self._tokenizer else ())
             self._loop = EngineLoop(
                 executor=self.gang.executor,
                 scheduler=scheduler,
                 decode=self._decode,
-                encode=self._encode_bare,
-                grammars=grammars,
+                decode_special=self._decode_special if self._tokenizer else None,
+                encode=self._encode_bare if self._tokenizer else None,
+                grammars=self._grammars,
                 token_kinds=self._tokenizer.token_kinds(plan.model.vocab_size) if self._tokenizer else None,
                 vocab_size=plan.model.vocab_size,
                 eos_token_ids=eos,
@@ -104,6 +109,11 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         return self._loop.stats
+
+    @property
+    def worker_reports(self) -> tuple[WorkerReport, ...]:
+        """What every rank said of itself when it was loaded."""
+        return self.gang.reports
 
     def generate(
         self,
@@ -216,14 +226,21 @@ class LLM:
                 self._loop.abort(request_id)
 
     def submit(
-        self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]
+        self,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        on_event: Callable[[Event], None],
+        *,
+        priority: int = 0,
     ) -> str:
         """Queue one request; its events go to `on_event`, in the engine's thread, which waits for it. Returns its id.
 
+        priority: lower is sooner, among requests that wait and when KV blocks run out; equals in the order they came.
         Raises ConfigError for what `check` refuses, ClusterError when the engine has failed or is closed.
         """
         request_id = f"request-{next(self._ids)}"
-        self._loop.submit(request_id, ids, text, params, on_event)
+        self._loop.submit(request_id, ids, text, params, on_event, priority)
         return request_id
 
     def abort(self, request_id: str) -> bool:
@@ -233,6 +250,28 @@ class LLM:
     def check(self, ids: Sequence[int], params: SamplingParams) -> None:
         """ConfigError if this request can never be run; nothing is queued."""
         self._loop.check(ids, params)
+
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        """`check` of it takes no time: it was found good before."""
+        return self._grammars is not None and self._grammars.knows(grammar)
+
+    @property
+    def model_type(self) -> str:
+        """As its config.json names it."""
+        return self.plan.model.model_type
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Of the tokenizer's special tokens, by their text; empty without a tokenizer."""
+        return {} if self._tokenizer is None else self._tokenizer.special_token_ids()
+
+    @property
+    def chat_template(self) -> str | None:
+        """What conversations with tools are written by; None for a model without one."""
+        try:
+            return None if self._tokenizer is None else self._tokenizer.chat_template(None, with_tools=True)
+        except ConfigError:
+            return None
 
     @property
     def failure(self) -> Exception | None:
@@ -285,9 +324,13 @@ class LLM:
         )
         return text, tokenizer.encode(text, add_special_tokens=False)
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
-        """Cumulative streaming figures of every rank."""
-        return self.gang.executor.stream_reports()
+    def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
+        """Cumulative streaming figures of every rank, by rank. Any thread may ask at any time, also while steps run.
+
+        Ranks that have not answered within `timeout_s` are given as they were last known, or not at all. Raises
+        ClusterError when a rank is found to be lost.
+        """
+        return self.gang.executor.stream_reports(timeout_s)
 
     def timelines(self) -> tuple[TimelineReport, ...]:
         """What every rank did since the last call; empty without `timeline=True`."""
@@ -301,7 +344,7 @@ class LLM:
             plan=self.plan,
             outputs=outputs,
             before=before,
-            after=self.stream_reports(),
+            after=self.stream_reports(_FINAL_REPORT_TIMEOUT_S),
             wall_s=time.monotonic() - started_s,
             facts=self.gang.facts,
         )
@@ -342,6 +385,9 @@ class LLM:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
+
+    def _decode_special(self, token_ids: Sequence[int]) -> str:
+        return self._require_tokenizer().decode(token_ids, skip_special_tokens=False)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

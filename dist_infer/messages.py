@@ -9,13 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from dist_infer.grammar import Grammar
 from dist_infer.vocabulary import Vocabulary
 from offload.timeline import TimelineEvent
 
 T = TypeVar("T")
+
+NOT_FINITE = (
+    "the model's logits for {} are not finite numbers: its weights are damaged, or its values leave the range of "
+    "model.dtype (bfloat16 and float32 have the widest)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,12 @@ class NewRequest:
     """A request in full: the first time it is scheduled, or again after a preemption.
 
     With `fork_of` its first `num_computed` tokens are those of that request, which the ranks know in this step and have
-    computed that far: the blocks these tokens fill are shared, the rows of the one they fill in part are copied.
+    computed that far: the blocks these tokens fill are shared, the rows of the one they fill in part are copied, and
+    `token_ids` are those that come after them. Without it `num_computed` is 0.
     """
 
     request_id: str
-    token_ids: tuple[int, ...]  # prompt + tokens generated so far
+    token_ids: tuple[int, ...]  # prompt + tokens generated so far, from `num_computed` on
     block_ids: tuple[int, ...]
     sampling: SamplingSpec
     num_output_tokens: int = 0  # how many of token_ids were generated
@@ -114,7 +120,7 @@ class SampledToken:
     """One new token of one request; logprobs are natural logarithms under the unmodified distribution.
 
     completes: it is part of the answer, and the request's grammar allows nothing after it. error: the request has
-    failed, alone, and there is no token.
+    failed, alone, and there is no token; is_fault: that was not the request's doing.
     """
 
     request_id: str
@@ -123,6 +129,7 @@ class SampledToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     completes: bool = False
     error: str | None = None
+    is_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +217,18 @@ _adapters: dict[type[Any], TypeAdapter[Any]] = {}  # building one takes millisec
 
 
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Of a list of one message: the outermost type's config counts, and a dataclass cannot be given one here."""
     if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(kind)
+        _adapters[kind] = TypeAdapter(tuple[kind], config=ConfigDict(ser_json_inf_nan="constants"))  # type: ignore[valid-type]
     return _adapters[kind]
 
 
 def encode(message: Any) -> bytes:
-    """JSON bytes of one of this module's dataclasses."""
-    return _adapter(type(message)).dump_json(message)
+    """JSON bytes of one of this module's dataclasses; NaN, Infinity and -Infinity as Python's json writes them."""
+    return _adapter(type(message)).dump_json((message,))
 
 
 def decode(kind: type[T], data: bytes) -> T:
     """The message of that kind; raises pydantic.ValidationError when the bytes are not one."""
-    value: T = _adapter(kind).validate_json(data)
+    value: T = _adapter(kind).validate_json(data)[0]
     return value

@@ -49,6 +49,7 @@ class SamplingParams:
     n: how many answers; they share the prompt's computation. best_of: of so many, the n likeliest per token.
     prompt_logprobs: like logprobs, for each token of the prompt but the first.
     grammar: what the answer must look like; docs/constrained.md.
+    kept_special_token_ids: special tokens whose text is part of the answer's, where others are left out.
     """
 
     max_tokens: int | None
@@ -72,6 +73,7 @@ class SamplingParams:
     best_of: int | None
     prompt_logprobs: int | None
     grammar: Grammar | None
+    kept_special_token_ids: tuple[int, ...]
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class SamplingParams:
         best_of: int | None = None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        kept_special_token_ids: Iterable[int] | None = (),
     ) -> None:
         if max_tokens is not None:
             max_tokens = _integer("max_tokens", max_tokens, "a whole number from 1, or None", low=1)
@@ -122,7 +125,7 @@ class SamplingParams:
             "top_p": _share("top_p", top_p),
             "seed": seed,
             "stop": _texts("stop", stop, MAX_STOP_STRINGS, MAX_STOP_CHARS),
-            "stop_token_ids": _stop_token_ids(stop_token_ids),
+            "stop_token_ids": _token_ids("stop_token_ids", stop_token_ids),
             "ignore_eos": ignore_eos,
             "logprobs": _num_logprobs("logprobs", logprobs),
             "min_p": _in_range("min_p", min_p, 0.0, 1.0),
@@ -139,6 +142,7 @@ class SamplingParams:
             "best_of": best_of,
             "prompt_logprobs": _num_logprobs("prompt_logprobs", prompt_logprobs),
             "grammar": grammar,
+            "kept_special_token_ids": _token_ids("kept_special_token_ids", kept_special_token_ids),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -273,13 +277,13 @@ def _texts(name: str, value: object, most: int, most_chars: int) -> tuple[str, .
     return texts
 
 
-def _stop_token_ids(value: object) -> tuple[int, ...]:
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
     allowed = f"at most {MAX_STOP_TOKEN_IDS} token ids, each a whole number from 0"
     if value is None:
         return ()
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
-        raise _refusal("stop_token_ids", value, allowed)
+        raise _refusal(name, value, allowed)
     ids = tuple(value)
     if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise ConfigError(f"stop_token_ids must be {allowed}, not {len(ids)} ids")
-    return tuple(_integer("stop_token_ids", token_id, allowed, low=0) for token_id in ids)
+        raise ConfigError(f"{name} must be {allowed}, not {len(ids)} ids")
+    return tuple(_integer(name, token_id, allowed, low=0) for token_id in ids)

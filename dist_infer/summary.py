@@ -60,7 +60,7 @@ def summarise(
     """before, after: the ranks' cumulative reports around the run. facts: of the first node, measured at start."""
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-    spent = [_difference(start, end) for start, end in zip(before, after, strict=True)]
+    spent = [difference(start, end) for start, end in zip(before, after, strict=True)]
     passes = max((report.num_passes for report in spent), default=0)
     read = sum(report.bytes_copied if plan.device == "cuda" else report.bytes_read for report in spent)
     total = sum(unit.num_bytes for rank in plan.ranks for unit in rank.units)
@@ -91,13 +91,14 @@ def summarise(
         stall_s=max(report.stall_s for report in spent),
         tokens_per_pass=max(report.num_tokens for report in spent) / passes if passes else 0.0,
         resident_fraction=1.0 - streamed / total,
-        bound_by=_bound_by(plan, [report for report in spent if _stage(plan, report) == _stage(plan, slowest)]),
+        bound_by=bound_by(plan, [report for report in spent if _stage(plan, report) == _stage(plan, slowest)]),
         predicted_tokens_per_s=prediction.decode_tokens_per_s,
         predicted_bound_by=prediction.bound_by,
     )
 
 
-def _difference(start: StreamReport, end: StreamReport) -> StreamReport:
+def difference(start: StreamReport, end: StreamReport) -> StreamReport:
+    """What one rank did between two of its cumulative reports."""
     return StreamReport(
         rank=end.rank,
         num_passes=end.num_passes - start.num_passes,
@@ -115,7 +116,7 @@ def _stage(plan: Plan, report: StreamReport) -> int:
     return plan.ranks[report.rank].stage
 
 
-def _bound_by(plan: Plan, ranks: Sequence[StreamReport]) -> str:
+def bound_by(plan: Plan, ranks: Sequence[StreamReport]) -> str:
     """Of one stage's ranks. A rank that waits in a collective for a stalled peer is bound by that peer's stall."""
     parts = {
         "link" if plan.device == "cuda" and not any(r.bytes_read for r in ranks) else "disk": max(

@@ -83,6 +83,12 @@ class Tokenizer:
         """What a template sees by name beside the conversation: the special tokens, as texts."""
         return dict(self._inner.special_tokens_map)
 
+    def special_token_ids(self) -> dict[str, int]:
+        """Of the special tokens, by their text."""
+        named = zip(self._inner.all_special_tokens, self._inner.all_special_ids, strict=True)
+        added = self._inner.added_tokens_decoder.items()
+        return {str(text): int(id) for text, id in named} | {str(t): int(id) for id, t in added if t.special}
+
     def token_kinds(self, vocab_size: int, *, skip_special_tokens: bool = True) -> TokenKinds:
         """What the detokenizer must know of ids below `vocab_size` (the model's, often more than the tokenizer's)."""
         known = self._inner.get_vocab()

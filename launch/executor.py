@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from launch.actors import RankActor
 from partition.errors import ClusterError, WorkerError
 
 _PROGRESS_INTERVAL_S = 0.5
+_REPORT_TIMEOUT_S = 30.0
 _START_PHASES = ("start", "bind", "connect", "load")
 _DEADLINE_HINT = " (cluster.start_timeout)"
 _PLACE_TIMEOUT_S = 30.0  # placing takes milliseconds when there is room; waiting longer only hides that there is none
@@ -48,6 +50,9 @@ class RayExecutor:
         self._actors: list[Any] = []
         self._steps: deque[tuple[int, list[Any]]] = deque()
         self._closed = False
+        self._asking = threading.Lock()  # guards the two below, by rank
+        self._asked: dict[int, Any] = {}  # reports on their way
+        self._reports: dict[int, StreamReport] = {}  # the last that are known
         self._memory = OomWatch()
 
     def start(self) -> tuple[WorkerReport, ...]:
@@ -79,9 +84,27 @@ class RayExecutor:
         self._steps.popleft()
         return decode(StepResult, next(answer for answer in answers if answer))
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
-        refs = [actor.stream_report.remote() for actor in self._actors]
-        return tuple(decode(StreamReport, data) for data in self._all("report", refs, time.monotonic() + 30))
+    def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
+        deadline = time.monotonic() + timeout_s
+        if self._asking.acquire(timeout=timeout_s):
+            try:
+                self._take_reports(deadline)
+            finally:
+                self._asking.release()
+        return tuple(report for _, report in sorted(self._reports.items()))
+
+    def _take_reports(self, deadline: float) -> None:
+        """What comes in time. A rank that is late is not asked again: its answer counts when it comes."""
+        for rank, actor in enumerate(self._actors):
+            if rank not in self._asked:
+                self._asked[rank] = actor.stream_report.remote()
+        rank_of = {ref: rank for rank, ref in self._asked.items()}
+        left = max(0.0, deadline - time.monotonic())
+        for ref in ray.wait(list(rank_of), num_returns=len(rank_of), timeout=left)[0] if rank_of else []:
+            rank = rank_of[ref]
+            del self._asked[rank]
+            self._raise_if_failed("report", rank, ref)
+            self._reports[rank] = decode(StreamReport, ray.get(ref))
 
     def timelines(self) -> tuple[TimelineReport, ...]:
         refs = [actor.timeline.remote() for actor in self._actors]

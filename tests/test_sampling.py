@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dist_infer import LLM, SamplingParams
 from dist_infer.counter_random import sample_seed
 from dist_infer.errors import ConfigError
+from dist_infer.model.adapter import LayerCalls, StageModel
 from dist_infer.outputs import RequestOutput
 
 VOCAB = 160
@@ -216,6 +217,25 @@ def test_prompt_logprobs_are_transformers(
 # ---- options that act on tokens
 
 
+def test_a_prompt_is_scored_some_rows_at_a_time_even_for_one_request(
+    path: Path, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """max_requests rows went through the head at a time: with 1, a call for each token of the prompt."""
+    sizes: list[int] = []
+    finish = StageModel.finish
+
+    def counted(self: StageModel, call: LayerCalls, rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return finish(self, call, rows)
+
+    monkeypatch.setattr(StageModel, "finish", counted)
+    with LLM(run_config(path, store_root, max_requests=1)) as one:
+        (output,) = one.generate([PROMPT], SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+    assert sorted(sizes, reverse=True)[:2] == [16, 4]  # 21 tokens: 20 are scored, in micro-batches of 16
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == 21
+
+
 def test_min_tokens_puts_the_end_off(llm: LLM) -> None:
     whole = (
         llm.generate([PROMPT], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))[0].outputs[0].token_ids
@@ -262,7 +282,8 @@ def test_penalties_bias_and_bad_words_change_the_text_as_they_say(path: Path, st
 def test_ids_outside_the_vocabulary_and_words_without_a_tokenizer_are_refused(llm: LLM) -> None:
     for options, message in (
         ({"logit_bias": {VOCAB: 1.0}}, "logit_bias token ids must be whole numbers in"),
-        ({"bad_words": ["x"]}, "tokenizer"),
+        ({"bad_words": ["x"]}, "bad_words need a tokenizer"),
+        ({"stop": ["x"]}, "stop strings need a tokenizer"),
         ({"stop_token_ids": [VOCAB]}, "stop_token_ids must be"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -272,13 +293,14 @@ def test_ids_outside_the_vocabulary_and_words_without_a_tokenizer_are_refused(ll
 def test_the_run_section_knows_every_option() -> None:
     """An option that can be given in Python and not in a run file would be missing in the batch job.
 
-    A grammar is none: it is a text of its own kind, which Python and the endpoint have.
+    A grammar is none: it is a text of its own kind, which Python and the endpoint have. Special tokens are kept where
+    somebody parses the text: by the endpoint.
     """
     import inspect
 
     from dist_infer.generate_config import GenerateConfig
 
-    options = set(inspect.signature(SamplingParams).parameters) - {"grammar"}
+    options = set(inspect.signature(SamplingParams).parameters) - {"grammar", "kept_special_token_ids"}
     assert options <= set(GenerateConfig.model_fields)
     given: dict[str, Any] = {
         **ALL_OPTIONS,

@@ -64,12 +64,11 @@ class Answer:
             text = self._detokenizer.push((token.token_id,))
         if ending is not None:
             text += self._detokenizer.flush()
-        if self._may_stop:
-            text, stop = self._stop_checker.push(text)
-            if stop is not None:
-                ending = Ending("stop", stop)
-            elif ending is not None:
-                text += self._stop_checker.flush()
+        text, stop = self._stop_checker.push(text, may_stop=self._may_stop)
+        if stop is not None:
+            ending = Ending("stop", stop)
+        elif ending is not None:
+            text += self._stop_checker.flush()
         logprobs: tuple[TokenLogprobs, ...] | None = None
         if self._cumulative_logprob is not None:
             if token.logprob is None:
@@ -87,7 +86,7 @@ class Answer:
         if self.ending is not None:
             return None
         self.ending = Ending("abort")
-        text, stop = self._stop_checker.push(self._detokenizer.flush())
+        text, stop = self._stop_checker.push(self._detokenizer.flush(), may_stop=self._may_stop)
         if stop is None:
             text += self._stop_checker.flush()
         self._texts.append(text)
@@ -101,7 +100,9 @@ class Answer:
         return self._cumulative_logprob / self.request.num_output_tokens
 
     def output(self, index: int) -> CompletionOutput:
-        ending = self.ending or Ending("abort")
+        """RuntimeError before it has ended: whoever asks has `abort` to end it."""
+        if (ending := self.ending) is None:
+            raise RuntimeError(f"the output of answer {index}, {self.request.id!r}, which has not ended")
         return CompletionOutput(
             index=index,
             text="".join(self._texts),

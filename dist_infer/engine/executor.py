@@ -6,6 +6,8 @@ from typing import Protocol
 
 from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
 
+REPORT_TIMEOUT_S = 30.0  # for figures that a result rests on; who only watches waits less
+
 
 class Executor(Protocol):
     """Runs steps in their order. One thread calls `submit` and `collect`; any may call the others."""
@@ -22,8 +24,12 @@ class Executor(Protocol):
         """Result of the oldest step in flight. Raises ClusterError on loss, on the deadline, and once closed."""
         ...
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
-        """Figures of every rank's streamer so far, by rank; empty where nothing is streamed."""
+    def stream_reports(self, timeout_s: float = REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
+        """Figures of every rank's streamer so far, by rank; also while steps run.
+
+        Of ranks that have not answered within `timeout_s` the last known ones, or none. Raises ClusterError when a rank
+        is found to be lost.
+        """
         ...
 
     def timelines(self) -> tuple[TimelineReport, ...]:

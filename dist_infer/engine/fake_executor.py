@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dist_infer.engine.executor import REPORT_TIMEOUT_S
 from dist_infer.messages import (
     Chunk,
     NewRequest,
@@ -130,7 +131,7 @@ class FakeExecutor:
         self._results.popleft()
         return result
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
+    def stream_reports(self, timeout_s: float = REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
         return ()
 
     def timelines(self) -> tuple[TimelineReport, ...]:
@@ -151,12 +152,12 @@ class FakeExecutor:
             if request.request_id in self._known:
                 raise _refusal(plan, f"{request.request_id!r} is new, but already known")
             known = _Known(list(request.token_ids), list(request.block_ids), request.sampling)
-            self._known[request.request_id] = known
-            known.num_prompt_tokens = len(request.token_ids) - request.num_output_tokens
             if request.fork_of is not None:
                 self._fork(plan, request, known)
             elif request.num_computed:
                 raise _refusal(plan, f"{request.request_id!r} has {request.num_computed} tokens that nobody computed")
+            known.num_prompt_tokens = len(known.token_ids) - request.num_output_tokens
+            self._known[request.request_id] = known
         in_step = {chunk.request_id for batch in plan.micro_batches for chunk in batch}
         for diff in plan.diffs:
             if diff.request_id not in self._known or diff.request_id not in in_step:
@@ -176,13 +177,12 @@ class FakeExecutor:
             raise _refusal(plan, f"a block id outside [0, {self.num_kv_blocks})")
 
     def _fork(self, plan: StepPlan, request: NewRequest, known: _Known) -> None:
-        """Blocks that the common tokens fill are shared, what is over is copied, as ranks do."""
+        """Blocks that the common tokens fill are shared, what is over is copied, as ranks do; so are the tokens."""
         origin = self._known.get(request.fork_of or "")
         num_shared, num_rows = divmod(request.num_computed, self.block_tokens)
-        if origin is None or origin is known or origin.num_computed < request.num_computed:
+        if origin is None or origin.num_computed < request.num_computed:
             raise _refusal(plan, f"{request.request_id!r} is a fork of {request.fork_of!r}, not known that far")
-        if origin.token_ids[: request.num_computed] != known.token_ids[: request.num_computed]:
-            raise _refusal(plan, f"{request.request_id!r} has other tokens than {request.fork_of!r}")
+        known.token_ids = origin.token_ids[: request.num_computed] + known.token_ids
         if origin.block_ids[:num_shared] != known.block_ids[:num_shared]:
             raise _refusal(plan, f"{request.request_id!r} does not share the blocks of {request.fork_of!r}")
         for offset in range(num_rows):

@@ -6,14 +6,16 @@ Used by the engine's thread alone. With best_of, which answers are given is know
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from dist_infer.engine.answer import Answer, Decode, token_logprobs
 from dist_infer.engine.detokenizer import TokenKinds
 from dist_infer.engine.request import Request
-from dist_infer.messages import PromptLogprobs, SampledToken
+from dist_infer.messages import NOT_FINITE, PromptLogprobs, SampledToken
 from dist_infer.outputs import Event, Finished, RequestMetrics, RequestOutput, TokenEvent, TokenLogprobs
+from partition.errors import DistInferError
 
 OnEvent: TypeAlias = Callable[[Event], None]
 
@@ -65,7 +67,9 @@ class Generation:
         """Of a part of the prompt; after a preemption the same ones may come again. Raises what `decode` raises."""
         if self._prompt_logprobs is None:
             raise RuntimeError(f"log-probabilities of the prompt of {self.request_id!r}, which nobody asked for")
-        decode = functools.cache(lambda token_ids: self._decode(token_ids))
+        if any(map(math.isnan, found.logprobs)):
+            raise DistInferError(NOT_FINITE.format("a part of the prompt"))
+        decode = functools.cache(self._decode)
         prompt = self.requests[0].prompt_token_ids
         for at, (logprob, top) in enumerate(zip(found.logprobs, found.top_logprobs, strict=True), found.first):
             self._prompt_logprobs[at] = token_logprobs(prompt[at], logprob, top, decode)

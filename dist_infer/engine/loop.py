@@ -9,6 +9,7 @@ its callback) fails that request; an error of the executor fails them all, and t
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from dist_infer.engine.detokenizer import TokenKinds
 from dist_infer.engine.executor import Executor
 from dist_infer.engine.generation import Generation, OnEvent
 from dist_infer.engine.grammars import Grammars
+from dist_infer.engine.kept_tokens import keeping
 from dist_infer.engine.live_requests import LiveRequests
 from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler
@@ -31,6 +33,7 @@ from dist_infer.sampling_params import SamplingParams
 from partition.errors import ClusterError, ConfigError, DistInferError
 
 _IDLE_WAIT_S = 60.0  # an idle engine checks its integrity this often
+_NUM_BAD_WORD_LISTS = 64  # kept as token ids: most requests of an application have the same
 _JOIN_S = 5.0  # for the thread to notice that the executor is closed
 
 
@@ -42,10 +45,11 @@ class _Abort:
 class EngineLoop:
     """Takes over an executor that was started: `close` closes it. The scheduler is used by nobody else.
 
-    decode: token ids -> text, called by the engine's thread. token_kinds: what its texts do not show. encode: text ->
-    token ids without special tokens, for bad words; None without a tokenizer. grammars: what knows whether one can be
-    used; None without a tokenizer. step_timeout_s: a step that takes longer is a failure of the executor.
-    clock: seconds, for the requests' metrics only.
+    decode: token ids -> text, called by the engine's thread. token_kinds: what its texts do not show. decode_special:
+    the same with special tokens' texts, for requests that keep some; None: none are kept. encode: text ->
+    token ids without special tokens, for bad words; None without a tokenizer: then they are refused, and stop strings.
+    grammars: what knows whether one can be used; None without a tokenizer. step_timeout_s: a step that takes longer is
+    a failure of the executor. clock: seconds, for the requests' metrics only.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class EngineLoop:
         eos_token_ids: Iterable[int],
         step_timeout_s: float,
         token_kinds: TokenKinds | None = None,
+        decode_special: Decode | None = None,
         encode: Encode | None = None,
         grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,7 +73,9 @@ class EngineLoop:
         self._scheduler = scheduler
         self._decode = decode
         self._token_kinds = token_kinds
+        self._decode_special = decode_special
         self._encode = encode
+        self._bad_word_ids = functools.lru_cache(_NUM_BAD_WORD_LISTS)(self._encode_bad_words)
         self._grammars = grammars
         self._ranks_know_vocabulary = False
         self._vocab_size = vocab_size
@@ -99,16 +106,22 @@ class EngineLoop:
         prompt: str | None,
         params: SamplingParams,
         on_event: OnEvent,
+        priority: int = 0,
     ) -> None:
         """Queue a request; it owns nothing before it was checked. `on_event` must be quick: all requests wait for it.
 
+        priority: lower is sooner, among those that wait and when KV blocks run out; equals in the order they came.
         A grammar that was not seen before takes up to a second to check: call `check` in a thread that may wait.
 
         `request_id` may be used again after its end. Raises ConfigError for a prompt that cannot be run or an id that
         is in use, ClusterError when the engine has failed or is closed; then there is no event.
         """
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ConfigError(f"priority must be a whole number, lower is sooner, not {priority!r}")
         bad_words = self._checked(prompt_token_ids, params)
         prompt_ids = tuple(prompt_token_ids)
+        kept = params.kept_special_token_ids
+        decode, kinds = keeping(kept, self._decode, self._decode_special, self._token_kinds)
         seed = int.from_bytes(os.urandom(8), "little") if params.seed is None else params.seed
         with self._wake:
             if self._failure is not None:
@@ -124,19 +137,21 @@ class EngineLoop:
                     params=params,
                     sampling=params.spec(seed, index=index, eos_token_ids=self._eos_token_ids, bad_words=bad_words),
                     eos_token_ids=self._eos_token_ids,
+                    priority=priority,
                 )
                 for index in range(params.num_samples)
             ]
             if len(requests) > 1:
+                siblings = tuple(requests)
                 for request in requests:
-                    request.siblings = tuple(requests)
+                    request.siblings = siblings
             generation = Generation(
                 request_id=request_id,
                 requests=requests,
                 prompt=prompt,
                 on_event=on_event,
-                decode=self._decode,
-                token_kinds=self._token_kinds,
+                decode=decode,
+                token_kinds=kinds,
                 arrival_s=self._clock(),
             )
             self._live.add(generation)
@@ -276,7 +291,7 @@ class EngineLoop:
                 self._scheduler.abort(request.id)
                 continue
             if token.error is not None:
-                self._fail(generation, ConfigError(token.error))
+                self._fail(generation, (DistInferError if token.is_fault else ConfigError)(token.error))
                 continue
             try:
                 event, has_ended = generation.advance(request, token, now_s)
@@ -284,8 +299,8 @@ class EngineLoop:
                     generation.on_event(event)
                 if has_ended:
                     self._scheduler.finish(request)
-                if generation.has_ended:
-                    self._live.finish(generation)
+                    if generation.has_ended:
+                        self._live.finish(generation)
             except Exception as error:
                 self._fail(generation, error)
 
@@ -341,11 +356,14 @@ class EngineLoop:
             if self._grammars is None:
                 raise ConfigError("a grammar needs a tokenizer, and this model has none")
             self._grammars.check(params.grammar)
-        if not params.bad_words:
-            return ()
+        if params.stop and self._encode is None:
+            raise ConfigError("stop strings need a tokenizer, and this model has none: use stop_token_ids")
+        return self._bad_word_ids(params.bad_words) if params.bad_words else ()
+
+    def _encode_bad_words(self, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         if self._encode is None:
             raise ConfigError("bad_words need a tokenizer, and this model has none: use logit_bias with token ids")
-        bad_words = bad_word_ids(params.bad_words, self._encode)
+        bad_words = bad_word_ids(words, self._encode)
         for word in bad_words:
             self._check_ids("token ids of bad_words", word)
         return bad_words

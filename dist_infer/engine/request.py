@@ -26,10 +26,11 @@ class RequestState(enum.Enum):
 class Request:
     """Tokens known, tokens computed and blocks owned.
 
-    `id` is what the ranks know it by and never comes back; `token_limit` is prompt and answer together. A request is
-    in one step in flight at most (`in_flight_step`). The `num_sent_*` say what the ranks have been told; 0 tokens:
-    they do not know the request. `siblings`: all answers to one prompt, itself too, where there are several; `fork_of`:
-    the one whose rows it takes over in the step that is being filled.
+    `id` is what the ranks know it by and never comes back; `token_limit` is prompt and answer together. Lower
+    `priority` is sooner; among equals the older one goes first. A request is in one step in flight at most
+    (`in_flight_step`). The `num_sent_*` say what the ranks have been told; 0 tokens: they do not know the request.
+    `siblings`: all answers to one prompt, itself too, where there are several; `fork_of`: the one whose rows it takes
+    over in the step that is being filled.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Request:
     params: SamplingParams
     sampling: SamplingSpec
     eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
     token_limit: int = 0  # set when it is added
     arrival_index: int = 0  # set when it is added; lower is older
     state: RequestState = RequestState.WAITING
@@ -53,6 +55,11 @@ class Request:
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Whose is lower goes first."""
+        return self.priority, self.arrival_index
 
     @property
     def num_prompt_tokens(self) -> int:

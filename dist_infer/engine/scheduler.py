@@ -26,6 +26,7 @@ class SchedulerConfig:
     """`max_requests` own blocks at one time at most; `max_model_len` is prompt and answer together.
 
     `shares_prompts`: the ranks' caches can be taken over in part, so that several answers compute their prompt once.
+    `has_rings`: layers that look back through a window keep rings, in which a prompt's rows are overwritten in time.
     """
 
     num_kv_blocks: int
@@ -36,10 +37,11 @@ class SchedulerConfig:
     max_model_len: int
     max_steps_in_flight: int
     shares_prompts: bool = True
+    has_rings: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "shares_prompts" and value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
 
     @property
@@ -60,6 +62,18 @@ class _Draft:
         self.num_tokens_left -= num_tokens
 
 
+@dataclass(frozen=True)
+class _Family:
+    """What a waiting request finds among its siblings: one that has the prompt, or one that is computing it."""
+
+    origin: Request | None = None
+    is_computing: bool = False
+
+
+_NO_FAMILY = _Family()
+_COMPUTING = _Family(is_computing=True)
+
+
 class Scheduler:
     """Owns the requests and their blocks; used by the engine's thread alone, but for `token_limit`."""
 
@@ -68,7 +82,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._blocks = KVBlockManager(num_blocks=config.num_kv_blocks, block_tokens=config.block_tokens)
         self._requests: dict[str, Request] = {}
-        self._waiting: list[Request] = []  # both oldest first
+        self._waiting: list[Request] = []  # both by `turn`
         self._running: list[Request] = []  # ABORTING ones too
         self._in_flight: deque[StepPlan] = deque()
         self._to_forget: list[str] = []  # what the next step tells the ranks
@@ -131,7 +145,7 @@ class Scheduler:
         request.arrival_index = self._num_added
         self._num_added += 1
         self._requests[request.id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_turn)
 
     def schedule(self) -> StepPlan | None:
         """The next step; None when as many as allowed are in flight, or nothing can go into one now."""
@@ -209,7 +223,7 @@ class Scheduler:
     # ---- filling a step
 
     def _continue_running(self, draft: _Draft) -> bool:
-        """Running requests, oldest first. False when one has to wait for a block."""
+        """Running requests, by turn. False when one has to wait for a block."""
         num_steps = self.config.max_steps_in_flight
         ready = [request for request in self._running if request.is_ready]
         ready = ready[: -(-len(self._running) // num_steps)]  # leave the other steps their part
@@ -229,19 +243,26 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        """First come, first served, and whole: blocks for all known tokens at once, so that they lie in one run."""
+        """By turn, and whole: blocks for all known tokens at once, so that they lie in one run."""
         config = self.config
         num_active = min(len(self._running) + len(self._waiting), config.max_requests)
         num_per_step = -(-num_active // config.max_steps_in_flight)
+        families: dict[Request, _Family] = {}  # by the first of its siblings: each is looked at once, not by each of it
         index = 0
         while index < len(self._waiting) and len(self._running) < config.max_requests:
             if draft.num_tokens_left == 0 or len(draft.shares) >= num_per_step:
                 return
             request = self._waiting[index]
-            origin = self._origin(request)
-            if origin is None and self._prompt_is_under_way(request):
+            family = _NO_FAMILY
+            if self._may_fork(request):
+                first = request.siblings[0]
+                if first not in families:
+                    families[first] = self._family(request)
+                family = families[first]
+            if family.is_computing:
                 index += 1  # soon it need not be computed again; whoever is behind may go first
                 continue
+            origin = family.origin
             num_shared = (request.num_prompt_tokens - 1) // config.block_tokens if origin is not None else 0
             # one spare block for each running request, or it would be preempted again at once
             need = self._blocks.blocks_for(request.num_tokens) - num_shared
@@ -252,52 +273,49 @@ class Scheduler:
                 request.block_ids += self._blocks.share(request.id, origin.id, num_shared)
                 request.num_computed = request.num_prompt_tokens - 1
                 request.fork_of = origin.id
+            elif self._may_fork(request):
+                families[request.siblings[0]] = _COMPUTING
             request.block_ids += self._blocks.allocate(request.id, need)
             request.state = RequestState.RUNNING
-            insort(self._running, request, key=_age)
+            insort(self._running, request, key=_turn)
             draft.add(request, min(request.num_to_compute, draft.num_tokens_left))
 
-    def _origin(self, request: Request) -> Request | None:
-        """A sibling from which it can take over the prompt, all but its last token: that one gives its own logits.
+    def _family(self, request: Request) -> _Family:
+        """Whether a sibling has the prompt, all but its last token, which gives each its own logits; or computes it.
 
-        Not one that has gone on far: in layers that keep a window, the rows of the prompt may be overwritten by then.
+        In rings the prompt's rows may be overwritten by one that has gone on far.
         """
         num_common = request.num_prompt_tokens - 1
-        if not self._may_fork(request):
-            return None
+        found = _NO_FAMILY
         for other in request.siblings:
-            if (
-                other.state is RequestState.RUNNING
-                and other.is_known_to_ranks
-                and other.num_computed >= num_common
-                and other.num_output_tokens <= self.config.max_batch_tokens
+            if other.state is not RequestState.RUNNING:
+                continue
+            if other.num_computed < num_common:
+                found = _COMPUTING
+            elif other.is_known_to_ranks and (
+                not self.config.has_rings or other.num_output_tokens <= self.config.max_batch_tokens
             ):
-                return other
-        return None
+                return _Family(other)
+        return found
 
     def _may_fork(self, request: Request) -> bool:
         """A prompt of one token has nothing to take over; one that is scored has to be computed, every row of it."""
         is_scored = request.sampling.num_prompt_logprobs is not None
-        return self.config.shares_prompts and request.num_prompt_tokens > 1 and not is_scored
-
-    def _prompt_is_under_way(self, request: Request) -> bool:
-        """A sibling is computing the prompt: it will be there to be taken over."""
-        return self._may_fork(request) and any(
-            other.state is RequestState.RUNNING and other.num_computed < request.num_prompt_tokens - 1
-            for other in request.siblings
-        )
+        has_siblings = bool(request.siblings) and self.config.shares_prompts
+        return has_siblings and request.num_prompt_tokens > 1 and not is_scored
 
     def _own_blocks(self, request: Request) -> bool:
-        """Blocks for all its known tokens, if need be from younger requests. False: it has to wait, and keeps its own.
+        """Blocks for all its known tokens, if need be from requests whose turn is later, the latest first.
 
-        The oldest one is never a victim, and with no step in flight nobody is safe from it: it always gets on.
+        False: it has to wait, and keeps its own. The first of all is never a victim, and with no step in flight nobody
+        is safe from it: it always gets on.
         """
         need = self._blocks.blocks_for(request.num_tokens) - len(request.block_ids)
         if need <= 0:
             return True
         while not self._blocks.can_allocate(need):
             victim = next((other for other in reversed(self._running) if other.is_ready), request)
-            if victim.arrival_index <= request.arrival_index:
+            if victim.turn <= request.turn:
                 return False
             self._preempt(victim)
         request.block_ids += self._blocks.allocate(request.id, need)
@@ -311,7 +329,7 @@ class Scheduler:
         request.num_preemptions += 1
         request.state = RequestState.WAITING
         self._running.remove(request)
-        insort(self._waiting, request, key=_age)  # in front of all that never ran
+        insort(self._waiting, request, key=_turn)  # in front of its equals that never ran
         self.num_preemptions += 1
 
     def _send(self, draft: _Draft) -> StepPlan:
@@ -375,14 +393,14 @@ class Scheduler:
         request.num_sent_blocks = 0
 
 
-def _age(request: Request) -> int:
-    return request.arrival_index
+def _turn(request: Request) -> tuple[int, int]:
+    return request.turn
 
 
 def _introduced(request: Request) -> NewRequest:
     return NewRequest(
         request_id=request.id,
-        token_ids=tuple(request.token_ids),
+        token_ids=tuple(request.token_ids[request.num_computed :]),  # more than none only of a fork
         block_ids=tuple(request.block_ids),
         sampling=request.sampling,
         num_output_tokens=request.num_output_tokens,

@@ -9,23 +9,30 @@ class StopChecker:
     """Lets text through up to the stop string that completes first; the longest one of those that end together.
 
     That is what reading character by character would find, so it does not depend on how the text is cut. Text that may
-    be the beginning of a stop string is held back until it is clear, so no part of a stop string is ever let out.
+    be the beginning of a stop string is held back until it is clear, so no part of one that ends the text is ever let
+    out.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text to let out, and the stop string that ends it (then nothing more may be pushed) or None."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Text to let out, and the stop string that ends it (then nothing more may be pushed) or None.
+
+        A stop string counts when it completes within this piece. may_stop False: none of those that do counts, but one
+        that begins here may complete later.
+        """
         if not self._stops or not text:
             return text, None
+        num_old = len(self._held)
         text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            _, at, stop = min(found)
-            self._held = ""
-            return text[:at], stop
+        if may_stop:
+            firsts = ((text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stops)
+            if found := [(at + len(stop), at, stop) for at, stop in firsts if at >= 0]:
+                _, at, stop = min(found)
+                self._held = ""
+                return text[:at], stop
         num_held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], None

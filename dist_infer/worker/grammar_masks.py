@@ -118,30 +118,36 @@ class GrammarMasks:
 
     def _taken_in(self, token: SampledToken) -> SampledToken:
         answer = self._answers.get(token.request_id)
-        if answer is None:
+        if answer is None or token.error is not None:
             return token
+        completes = False
         if answer.error is None and answer.matcher is not None:
             if token.token_id in answer.spec.end_ids and answer.matcher.may_end:
                 answer.ending = True
                 return token
-            self._advance(answer, token.token_id)
+            completes = self._advance(answer, token.token_id)
         if answer.error is not None:
             return SampledToken(token.request_id, 0, error=answer.error)
-        completes = answer.matcher is not None and answer.matcher.must_end
         return replace(token, completes=True) if completes else token
 
-    def _advance(self, answer: _Answer, token_id: int) -> None:
-        """The matcher is this thread's between a mask that was waited for and the next."""
+    def _advance(self, answer: _Answer, token_id: int) -> bool:
+        """Whether the answer is whole and nothing can follow.
+
+        The matcher is this thread's between a mask that was waited for and the next: what is asked of it is asked
+        before that is begun.
+        """
         if self._pool is None or answer.matcher is None:
             raise RuntimeError("an answer goes on that was not begun")
         try:
             answer.matcher.consume([token_id])
         except ConfigError as error:
             answer.error = str(error)
-            return
+            return False
         answer.tokens.append(token_id)
-        if not answer.matcher.must_end:
-            answer.mask = self._pool.submit(_next_mask, answer.matcher, answer.spec.end_ids)
+        if answer.matcher.must_end:
+            return True
+        answer.mask = self._pool.submit(_next_mask, answer.matcher, answer.spec.end_ids)
+        return False
 
 
 def _new_pool() -> ThreadPoolExecutor:

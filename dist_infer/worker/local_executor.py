@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -79,8 +79,8 @@ class InProcessExecutor:
             raise RuntimeError("the last stage returned no result")
         return result
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
-        return self._host.stream_reports() if self._host is not None else ()
+    def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
+        return self._host.stream_reports() if self._host is not None else ()  # waits for nothing
 
     def timelines(self) -> tuple[TimelineReport, ...]:
         return self._host.timelines() if self._host is not None else ()
@@ -100,6 +100,8 @@ class _Child:
     connection: Connection  # set-up and steps: the engine's thread alone
     control: Connection  # figures: any thread, one at a time
     tp_rank: int
+    owed: deque[bytes] = field(default_factory=deque)  # what it was asked on `control` and has not answered
+    known: dict[bytes, bytes] = field(default_factory=dict)  # its last answer to each question
 
 
 class SpawnedExecutor:
@@ -143,11 +145,15 @@ class SpawnedExecutor:
         self._in_flight.popleft()
         return decode(StepResult, next(body for _, body in answers if body))
 
-    def stream_reports(self) -> tuple[StreamReport, ...]:
-        return self._ask(StreamReport, STREAM_REPORTS)
+    def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
+        self._ask(STREAM_REPORTS, timeout_s)
+        return self._reports(StreamReport, STREAM_REPORTS)
 
     def timelines(self) -> tuple[TimelineReport, ...]:
-        return self._ask(TimelineReport, TIMELINES)
+        """ClusterError when one does not come: what it says is said once."""
+        if late := self._ask(TIMELINES, _REPORT_TIMEOUT_S):
+            raise ClusterError(f"no report from tensor rank {late} in {_REPORT_TIMEOUT_S:.0f} s")
+        return self._reports(TimelineReport, TIMELINES)
 
     def close(self) -> None:
         """Ends the children: a message asks, a kill after two seconds insists. A `collect` elsewhere sees them go."""
@@ -162,22 +168,49 @@ class SpawnedExecutor:
                 child.process.kill()
                 child.process.wait(5)
             child.connection.close()
-            child.control.close()
-        self._children = []
-
-    def _ask(self, kind: type[_Report], wanted: bytes) -> tuple[_Report, ...]:
-        """Every rank's report of a kind, by rank. Also while a step runs."""
-        reports: list[_Report] = []
-        with self._asking:
+        with self._asking:  # who asks has seen them go
             for child in self._children:
-                try:
-                    child.control.send_bytes(wanted)
-                    if not child.control.poll(_REPORT_TIMEOUT_S):
-                        raise ClusterError(f"no report from tensor rank {child.tp_rank} in {_REPORT_TIMEOUT_S:.0f} s")
-                    reports += [decode(kind, text.encode()) for text in json.loads(child.control.recv_bytes())]
-                except (EOFError, OSError):
-                    raise self._death(child) from None
-        return tuple(sorted(reports, key=lambda report: report.rank))
+                child.control.close()
+            self._children = []
+
+    def _ask(self, wanted: bytes, timeout_s: float) -> list[int]:
+        """Ask every child, also while a step runs; what comes in time goes into `known`. Returns who is late.
+
+        An answer that comes late is taken in by whoever asks next, so it never passes for one to another question; a
+        child that owes this answer already is not asked again.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._asking.acquire(timeout=timeout_s):
+            return [child.tp_rank for child in self._children]
+        try:
+            for child in self._children:
+                if wanted not in child.owed:
+                    try:
+                        child.control.send_bytes(wanted)
+                    except OSError:
+                        raise self._death(child) from None
+                    child.owed.append(wanted)
+            return [child.tp_rank for child in self._children if not self._take_answers(child, wanted, deadline)]
+        finally:
+            self._asking.release()
+
+    def _take_answers(self, child: _Child, wanted: bytes, deadline: float) -> bool:
+        """Answers come in the order of the questions. False at the deadline, if the wanted one has not come."""
+        while wanted in child.owed:
+            try:
+                if not child.control.poll(max(0.0, deadline - time.monotonic())):
+                    return False
+                child.known[child.owed[0]] = child.control.recv_bytes()
+            except (EOFError, OSError):
+                raise self._death(child) from None
+            child.owed.popleft()
+        return True
+
+    def _reports(self, kind: type[_Report], wanted: bytes) -> tuple[_Report, ...]:
+        """The last that are known, by rank."""
+        answers = [child.known[wanted] for child in self._children if wanted in child.known]
+        found = [decode(kind, text.encode()) for answer in answers for text in json.loads(answer)]
+        return tuple(sorted(found, key=lambda report: report.rank))
 
     def _answers(
         self, deadline: float, children: Sequence[_Child] | None = None

@@ -2,65 +2,73 @@
 
 Order, as transformers has it: logit_bias, repetition penalty, presence and frequency penalty, bad words, min_tokens.
 They come before the filters and hold for greedy requests, too. What is edited is listed as (row, token) pairs, so that
-the work grows with what is edited and not with the vocabulary.
+the work grows with what is edited and not with the vocabulary; the lists of a step go to the device in two copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
+from numpy.typing import NDArray
 
-from dist_infer.worker.token_history import ANY_TOKEN, TokenHistory
+from dist_infer.worker.to_device import to_device
+from dist_infer.worker.token_history import Ids, TokenHistory
 
 _NEVER = float("-inf")
+_NO_IDS, _NO_NUMBERS = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
-def edit(logits: torch.Tensor, histories: Sequence[TokenHistory | None]) -> None:
-    """Changes logits [B, vocab] (float32) in place; None: that row stays as it is."""
-    rows = [(row, history) for row, history in enumerate(histories) if history is not None]
-    if biased := [(row, history) for row, history in rows if len(history.bias_ids)]:
-        where = _pairs([(row, history.bias_ids) for row, history in biased], logits.device)
-        logits[where] += torch.cat([history.bias for _, history in biased]).to(logits.device)
-    if penalised := [(row, history) for row, history in rows if history.has_penalty]:
-        _penalise(logits, penalised)
-    if worded := [(row, history) for row, history in rows if len(history.lasts)]:
-        _forbid_last_tokens(logits, worded)
-    never = [(row, history.bad_ids) for row, history in rows if len(history.bad_ids)]
-    never += [(row, held) for row, history in rows if len(held := history.held_back)]
-    if never:
-        logits[_pairs(never, logits.device)] = _NEVER
+class Edits:
+    """Of all rows of a step, on the device; `apply` is for some of the rows at a time. None: that row stays."""
+
+    def __init__(self, histories: Sequence[TokenHistory | None], device: torch.device) -> None:
+        bias_ids, seen_ids, never_ids = [], [], []
+        bias, counts = [], []
+        penalties = np.ones((3, len(histories)), np.float32)  # of each row: repetition, presence, frequency
+        for row, history in enumerate(histories):
+            ids, times = history.seen if history is not None and history.has_penalty else (_NO_IDS, _NO_NUMBERS)
+            bias_ids.append(_NO_IDS if history is None else history.bias_ids)
+            bias.append(_NO_NUMBERS if history is None else history.bias)
+            never_ids.append(_NO_IDS if history is None else history.forbidden)
+            seen_ids.append(ids)
+            counts.append(times)
+            if history is not None:
+                spec = history.spec
+                penalties[:, row] = spec.repetition_penalty, spec.presence_penalty, spec.frequency_penalty
+        groups = [_pairs(ids) for ids in (bias_ids, seen_ids, never_ids)]
+        self._ends = [np.cumsum([0, *map(len, ids)]).tolist() for ids in (bias_ids, seen_ids, never_ids)]
+        sizes = [group.shape[1] for group in groups]
+        pairs = to_device(np.concatenate(groups, axis=1), device)
+        self._biased, self._seen, self._never = torch.split(pairs, sizes, dim=1)
+        numbers = to_device(np.concatenate([*bias, *counts, penalties.reshape(-1)]), device)
+        self._bias, self._counts, factors = torch.split(numbers, [sizes[0], sizes[1], penalties.size])
+        self._penalties = factors.view(3, len(histories))
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether any of these rows is edited."""
+        return any(ends[start] < ends[end] for ends in self._ends)
+
+    def apply(self, logits: torch.Tensor, start: int = 0) -> None:
+        """Changes logits [B, vocab] (float32), the rows from `start` on, in place."""
+        biased, seen, never = (slice(ends[start], ends[start + len(logits)]) for ends in self._ends)
+        if biased.start < biased.stop:
+            rows, ids = self._biased[:, biased]
+            logits[rows - start, ids] += self._bias[biased]
+        if seen.start < seen.stop:
+            rows, ids = self._seen[:, seen]
+            repetition, presence, frequency = self._penalties[:, rows]
+            counts = self._counts[seen]
+            values = logits[rows - start, ids]
+            values = torch.where(values < 0, values * repetition, values / repetition)
+            logits[rows - start, ids] = values - frequency * counts - presence * (counts > 0)
+        if never.start < never.stop:
+            rows, ids = self._never[:, never]
+            logits[rows - start, ids] = _NEVER
 
 
-def _pairs(ids: Sequence[tuple[int, torch.Tensor]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and token ids of all the pairs, each [sum of the lengths]."""
-    lengths = torch.tensor([len(tokens) for _, tokens in ids])
-    rows = torch.tensor([row for row, _ in ids]).repeat_interleave(lengths)
-    return rows.to(device), torch.cat([tokens for _, tokens in ids]).to(device)
-
-
-def _penalise(logits: torch.Tensor, rows: Sequence[tuple[int, TokenHistory]]) -> None:
-    seen = [history.seen for _, history in rows]
-    where = _pairs([(row, ids) for (row, _), (ids, _) in zip(rows, seen, strict=True)], logits.device)
-    counts = torch.cat([counts for _, counts in seen]).to(logits.device)
-    lengths = torch.tensor([len(ids) for ids, _ in seen])
-    specs = [history.spec for _, history in rows]
-    factors = [[spec.repetition_penalty, spec.presence_penalty, spec.frequency_penalty] for spec in specs]
-    repetition, presence, frequency = torch.tensor(factors).repeat_interleave(lengths, dim=0).to(logits.device).T
-    values = logits[where]
-    values = torch.where(values < 0, values * repetition, values / repetition)
-    logits[where] = values - frequency * counts - presence * (counts > 0)
-
-
-def _forbid_last_tokens(logits: torch.Tensor, rows: Sequence[tuple[int, TokenHistory]]) -> None:
-    """Of every bad word, its last token where the tokens before it are the request's last ones."""
-    width = max(history.prefixes.shape[1] for _, history in rows)
-    padded = [pad(history.prefixes, (width - history.prefixes.shape[1], 0), value=ANY_TOKEN) for _, history in rows]
-    lengths = torch.tensor([len(words) for words in padded])
-    tails = torch.tensor([history.tail(width) for _, history in rows]).repeat_interleave(lengths, dim=0)
-    words = torch.cat(padded)
-    matches = ((words == tails) | (words == ANY_TOKEN)).all(dim=1)
-    batch_rows = torch.tensor([row for row, _ in rows]).repeat_interleave(lengths)
-    lasts = torch.cat([history.lasts for _, history in rows])
-    logits[batch_rows[matches].to(logits.device), lasts[matches].to(logits.device)] = _NEVER
+def _pairs(ids: Sequence[NDArray[np.int64]]) -> Ids:
+    """[2, sum of the lengths]: rows and token ids."""
+    rows = np.repeat(np.arange(len(ids)), [len(tokens) for tokens in ids])
+    return np.stack([rows, np.concatenate(ids)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_infer.messages import Chunk, PromptLogprobs
 from dist_infer.worker.request_table import RequestTable
-from dist_infer.worker.sampler import likeliest, rows_at_once
+from dist_infer.worker.sampler import likeliest, logprob_columns, rows_at_once
+from dist_infer.worker.to_device import to_device
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # rows [n] of the packed row -> logits [n, vocab]
 
@@ -51,17 +53,22 @@ def score(
     At most `most_rows` rows of logits at one time. All tensor ranks call it, since the head is theirs together; those
     that do not answer get None.
     """
-    logprobs: list[float] = []
-    top: list[tuple[tuple[int, float], ...]] = []
+    token_ids = to_device(np.array(span.token_ids, np.int64), device)
+    found: list[torch.Tensor] = []
     for start in range(0, len(span.token_ids), most_rows):
-        token_ids = torch.tensor(span.token_ids[start : start + most_rows], device=device)
-        rows = torch.arange(len(token_ids), device=device) + (span.first_row + start)
-        logits = head(rows)
+        own = token_ids[start : start + most_rows]
+        logits = head(torch.arange(len(own), device=device) + (span.first_row + start))
         if not answers:
             continue
         step = rows_at_once(logits.shape[-1])
-        for part, ids in zip(torch.split(logits, step), torch.split(token_ids, step), strict=True):
-            found = part.float().log_softmax(dim=-1)
-            logprobs += found.gather(1, ids[:, None])[:, 0].tolist()
-            top += likeliest(found, [span.count] * len(ids))
-    return PromptLogprobs(span.request_id, span.position, tuple(logprobs), tuple(top)) if answers else None
+        for part, ids in zip(torch.split(logits, step), torch.split(own, step), strict=True):
+            found.append(logprob_columns(part.float(), ids, span.count))
+    if not answers:
+        return None
+    rows = torch.cat(found).tolist()
+    return PromptLogprobs(
+        span.request_id,
+        span.position,
+        tuple(row[0] for row in rows),
+        tuple(likeliest(row[1:], span.count) for row in rows),
+    )

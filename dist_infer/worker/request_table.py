@@ -5,13 +5,17 @@ It checks what the coordinator says (a chunk must start where the request stands
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dist_infer.messages import Chunk, NewRequest, SamplingSpec, StepPlan
 from dist_infer.model.batch_view import BatchView, SequenceSpan
+from dist_infer.worker.to_device import to_device
+
+Ids = NDArray[np.int64]
 
 
 @dataclass
@@ -55,7 +59,7 @@ class RequestTable:
         self._rows: dict[str, _Row] = {}
         self._block_tokens, self._num_blocks, self._device = block_tokens, num_blocks, device
         self._num_slots = num_slots
-        self._free_slots = list(range(num_slots))
+        self._free_slots = set(range(num_slots))
         self._last_step: int | None = None
 
     def __len__(self) -> int:
@@ -66,19 +70,17 @@ class RequestTable:
         row = self._rows[request_id]
         return row.sampling, len(row.token_ids)
 
-    def token_ids(self, request_id: str, start: int, end: int) -> list[int]:
-        """Tokens [start, end) of the request."""
+    def token_ids(self, request_id: str, start: int = 0, end: int | None = None) -> list[int]:
+        """Tokens [start, end) of the request, a copy."""
         return self._rows[request_id].token_ids[start:end]
 
     def num_prompt_tokens(self, request_id: str) -> int:
         return self._rows[request_id].num_prompt_tokens
 
     def fork(self, new: NewRequest) -> ForkCopies:
-        """What a request that `apply` has added as a fork takes over from its origin, beside the blocks they share."""
-        origin, row = self._rows.get(new.fork_of or ""), self._rows[new.request_id]
+        """What a request that `apply` has added as a fork takes over from its origin, beside what they share."""
+        origin, row = self._origin(new), self._rows[new.request_id]
         num_shared, num_rows = divmod(new.num_computed, self._block_tokens)
-        if origin is None or origin is row or origin.num_computed < new.num_computed:
-            raise RuntimeError(f"request {new.request_id} is a fork of {new.fork_of}, which is not known that far")
         if origin.block_ids[:num_shared] != row.block_ids[:num_shared]:
             raise RuntimeError(f"request {new.request_id} does not share the blocks of {new.fork_of}")
         rows = None
@@ -95,7 +97,7 @@ class RequestTable:
         for request_id in plan.finished:
             gone = self._rows.pop(request_id, None)
             if gone is not None and self._num_slots:
-                heapq.heappush(self._free_slots, gone.slot)
+                self._free_slots.add(gone.slot)
         for new in plan.new:
             self._add(new)
         for diff in plan.diffs:
@@ -104,14 +106,14 @@ class RequestTable:
             self._extend_blocks(row, diff.new_block_ids)
 
     def micro_batch(self, chunks: tuple[Chunk, ...]) -> MicroBatch:
-        """The chunks as one packed row; marks their tokens as computed."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        writes: list[torch.Tensor] = []
-        slots: list[int] = []
-        spans: list[SequenceSpan] = []
+        """The chunks as one packed row; marks their tokens as computed. One copy to the device for all of it."""
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        columns = np.empty((4, num_tokens), np.int64)
+        token_ids, slots, positions, writes = columns
+        kv_rows: list[slice | Ids] = []
+        ends: list[int] = []
         sample_rows: list[int] = []
-        sample_requests: list[str] = []
+        first = 0
         for chunk in chunks:
             row = self._rows[chunk.request_id]
             end = chunk.start + chunk.num_tokens
@@ -120,53 +122,63 @@ class RequestTable:
                     f"request {chunk.request_id}: chunk [{chunk.start}, {end}) of {len(row.token_ids)} tokens, "
                     f"{row.num_computed} computed"
                 )
-            kv_rows = self._kv_rows(row, end)
-            first = len(token_ids)
-            token_ids.extend(row.token_ids[chunk.start : end])
-            positions.extend(range(chunk.start, end))
-            if isinstance(kv_rows, slice):
-                writes.append(torch.arange(kv_rows.start + chunk.start, kv_rows.stop))
-            else:
-                writes.append(kv_rows[chunk.start :])
-                kv_rows = self._on_device(kv_rows)
-            slots += [row.slot] * chunk.num_tokens
-            spans.append(SequenceSpan(first, len(token_ids), end, kv_rows, row.slot))
+            rows = self._kv_rows(row, end)
+            here = slice(first, first + chunk.num_tokens)
+            token_ids[here] = row.token_ids[chunk.start : end]
+            slots[here] = row.slot
+            positions[here] = np.arange(chunk.start, end)
+            writes[here] = rows[chunk.start :] if not isinstance(rows, slice) else positions[here] + rows.start
+            kv_rows.append(rows)
+            ends.append(end)
             row.num_computed = end
+            first = here.stop
             if chunk.sample:
-                sample_rows.append(len(token_ids) - 1)
-                sample_requests.append(chunk.request_id)
+                sample_rows.append(first - 1)
+        gathered = [rows for rows in kv_rows if not isinstance(rows, slice)]
+        parts = [columns.reshape(-1), np.array(sample_rows, np.int64), *gathered]
+        joined = to_device(np.concatenate(parts), self._device)
+        packed, samples, *indices = torch.split(joined, [len(part) for part in parts])
+        packed = packed.view(4, num_tokens)
+        spans: list[SequenceSpan] = []
+        first = 0
+        for chunk, rows, end in zip(chunks, kv_rows, ends, strict=True):
+            where = rows if isinstance(rows, slice) else indices.pop(0)
+            spans.append(SequenceSpan(first, first + chunk.num_tokens, end, where, self._rows[chunk.request_id].slot))
+            first += chunk.num_tokens
         return MicroBatch(
-            self._on_device(torch.tensor([token_ids])),
-            self._on_device(torch.tensor([positions])),
-            BatchView(
-                self._on_device(torch.cat(writes)),
-                tuple(spans),
-                self._on_device(torch.tensor([slots, positions])) if self._num_slots else None,
-            ),
-            self._on_device(torch.tensor(sample_rows, dtype=torch.long)),
-            tuple(sample_requests),
+            packed[:1],
+            packed[2:3],
+            BatchView(packed[3], tuple(spans), packed[1:3] if self._num_slots else None),
+            samples,
+            tuple(chunk.request_id for chunk in chunks if chunk.sample),
         )
-
-    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
-        """Does not wait for the device; torch keeps pinned memory until it is copied."""
-        if self._device.type != "cuda":
-            return values.to(self._device)
-        return values.pin_memory().to(self._device, non_blocking=True)
 
     def _add(self, new: NewRequest) -> None:
         if new.request_id in self._rows:
             raise RuntimeError(f"request {new.request_id} is already running")
+        token_ids = list(new.token_ids)
+        if new.fork_of is not None:
+            token_ids = self._origin(new).token_ids[: new.num_computed] + token_ids
+        elif new.num_computed:
+            raise RuntimeError(f"request {new.request_id} has {new.num_computed} tokens that nobody computed")
         row = self._rows[new.request_id] = _Row(
-            list(new.token_ids),
+            token_ids,
             new.sampling,
             num_computed=new.num_computed,
-            num_prompt_tokens=len(new.token_ids) - new.num_output_tokens,
+            num_prompt_tokens=len(token_ids) - new.num_output_tokens,
         )
         if self._num_slots:
             if not self._free_slots:
                 raise RuntimeError(f"request {new.request_id}: all {self._num_slots} KV rings are in use")
-            row.slot = heapq.heappop(self._free_slots)
+            row.slot = min(self._free_slots)
+            self._free_slots.remove(row.slot)
         self._extend_blocks(row, new.block_ids)
+
+    def _origin(self, new: NewRequest) -> _Row:
+        origin = self._rows.get(new.fork_of or "")
+        if origin is None or new.fork_of == new.request_id or origin.num_computed < new.num_computed:
+            raise RuntimeError(f"request {new.request_id} is a fork of {new.fork_of}, which is not known that far")
+        return origin
 
     def _extend_blocks(self, row: _Row, block_ids: tuple[int, ...]) -> None:
         for block in block_ids:
@@ -175,11 +187,11 @@ class RequestTable:
             row.consecutive = row.consecutive and (not row.block_ids or block == row.block_ids[-1] + 1)
             row.block_ids.append(block)
 
-    def _kv_rows(self, row: _Row, length: int) -> slice | torch.Tensor:
+    def _kv_rows(self, row: _Row, length: int) -> slice | Ids:
         if length > len(row.block_ids) * self._block_tokens:
             raise RuntimeError(f"{length} tokens in {len(row.block_ids)} KV blocks of {self._block_tokens}")
         if row.consecutive:
             first = row.block_ids[0] * self._block_tokens
             return slice(first, first + length)
-        blocks = torch.tensor(row.block_ids)
-        return (blocks[:, None] * self._block_tokens + torch.arange(self._block_tokens)).flatten()[:length]
+        blocks = np.array(row.block_ids, np.int64)
+        return (blocks[:, None] * self._block_tokens + np.arange(self._block_tokens)).reshape(-1)[:length]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,10 +44,21 @@ from offload.views import Kept
 from partition.errors import UnsupportedModelError
 from partition.kv_layout import layers_kv
 from partition.plan import Plan
+from partition.plan_data import HEAD_ROWS
 from partition.sharding import cut_axes
 
 ROW_THREADS = 8  # a row read waits for what the disk is busy with: many wait at a time
 ROW_BLOCK_BYTES = 64 << 10
+_NOTE_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Cumulative, all as of one moment; replaced as a whole, so that any thread may read them."""
+
+    busy_s: float = 0.0
+    communication_s: float = 0.0
+    stall_s: float = 0.0
 
 
 class StageRunner:
@@ -94,7 +106,7 @@ class StageRunner:
         self._draws = self.model.is_last and ours.tp_rank == 0
         self._histories = TokenHistories()
         self._grammars = GrammarMasks()
-        self._most_rows = plan.max_requests  # of logits at one time, as the plan has it
+        self._most_rows = max(plan.max_requests, HEAD_ROWS)  # of logits at one time, as the plan has it
         self._units = [unit.name for unit in ours.units]
         manifest = open_store(Path(setup.store.directory), store_key(setup.store), self._units, [ours.tp_rank])
         self._encoded = any(array.encoded for blob in manifest.blobs for array in blob.tensors)
@@ -122,8 +134,7 @@ class StageRunner:
             raise
         self._checked_layers = False
         self._group = group
-        self._busy_s = 0.0
-        self._communication_s = 0.0
+        self._times = _Times()
         self._num_tokens = 0
         self._load_s = 0.0
 
@@ -141,7 +152,7 @@ class StageRunner:
 
         Returns hidden states of the same shape, or on the last stage the result (empty unless tp_rank 0).
         """
-        started, communicated = time.monotonic(), self._group.seconds
+        before, started, communicated = self._times, time.monotonic(), self._group.seconds
         self._take_in(plan)
         micro_batches = plan.micro_batches
         if self._sequences is not None:  # each sequence by itself, over its own cache
@@ -157,7 +168,7 @@ class StageRunner:
         if hidden is not None:
             for batch, part, cache in zip(batches, torch.split(hidden, sizes, dim=1), caches, strict=True):
                 calls.append(self.model.begin(batch.token_ids, batch.position_ids, part, cache))
-        layer = self.rank_plan.first_layer
+        layer, noted = self.rank_plan.first_layer, started
         for index, unit in enumerate(self._units):
             self.model.bind(unit, self._streamer.wait(index))
             if unit == "embed":
@@ -175,10 +186,11 @@ class StageRunner:
                         self.model.layer(layer, call)
                 layer += 1
             self._streamer.release(index)
+            if time.monotonic() >= noted + _NOTE_EVERY_S:  # a pass may take a minute, and somebody may watch
+                noted = self._note_times(before, started, communicated)
         self._check_layers()
         self._num_tokens += sum(sizes)
-        self._communication_s += self._group.seconds - communicated  # the group serves other stages, too
-        self._busy_s += time.monotonic() - started
+        self._note_times(before, started, communicated)
         if self.model.is_last:
             return StepResult(plan.step_id, tuple(tokens), tuple(prompt_logprobs))
         return torch.cat([call.hidden for call in calls], dim=1)
@@ -200,17 +212,17 @@ class StageRunner:
         )
 
     def stream_report(self) -> StreamReport:
-        stats = self._streamer.snapshot()
-        busy, communication = self._busy_s, self._communication_s
+        """Any thread may ask, also while a step runs; waits for nothing. Counts only grow, `compute_s` too."""
+        stats, times = self._streamer.snapshot(), self._times
         return StreamReport(
             rank=self.rank_plan.rank,
             num_passes=stats.num_passes,
             bytes_read=stats.bytes_read,
             bytes_copied=stats.bytes_copied,
-            stall_s=stats.stall_s,
-            busy_s=busy,
-            communication_s=communication,
-            compute_s=max(0.0, busy - stats.stall_s - communication),
+            stall_s=times.stall_s,
+            busy_s=times.busy_s,
+            communication_s=times.communication_s,
+            compute_s=max(0.0, times.busy_s - times.stall_s - times.communication_s),
             num_tokens=self._num_tokens,
             stall_s_per_unit=dict(stats.stall_s_per_unit),
             num_read_retries=stats.num_read_retries,
@@ -233,7 +245,7 @@ class StageRunner:
         if self._sequences is not None:
             self._sequences.drop(plan.finished)
         if self._draws:
-            self._histories.apply(plan)
+            self._histories.apply(plan, self._table.token_ids)
             self._grammars.apply(plan)
         for new in plan.new:
             if new.fork_of is None:
@@ -243,6 +255,16 @@ class StageRunner:
                 self._cache.copy_rows(*copies.rows)
             if copies.slots is not None:
                 self._cache.copy_slot(*copies.slots)
+
+    def _note_times(self, before: _Times, started: float, communicated: float) -> float:
+        """At the end of a unit, where stalls and work add up; now, in monotonic seconds."""
+        now = time.monotonic()
+        self._times = _Times(
+            busy_s=before.busy_s + now - started,
+            communication_s=before.communication_s + self._group.seconds - communicated,  # it serves other stages, too
+            stall_s=self._streamer.snapshot().stall_s,
+        )
+        return now
 
     def _sample(self, request_ids: tuple[str, ...], logits: torch.Tensor) -> list[SampledToken]:
         if not self._draws or not request_ids:

@@ -6,42 +6,46 @@ over the vocabulary would take megabytes for each request, which no plan has set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_infer.messages import SamplingSpec, StepPlan
 
-ANY_TOKEN = -1  # in a prefix shorter than its neighbours: matches whatever is there
+Ids = NDArray[np.int64]
+
+_ANY_TOKEN = -1  # in a prefix shorter than its neighbours: matches whatever is there
 _NO_TOKEN = -2  # before the first token: matches nothing
 _ROOM = 64
 
 
 class TokenHistory:
-    """One request's edits as tensors, made once, and its tokens, kept current by `add`. Tensors are on the host.
+    """One request's edits as arrays, made once, and its tokens, kept current by `add`.
 
-    bias_ids, bias [b]; bad_ids [w1]: bad words of one token; prefixes [w, L], lasts [w]: longer ones, all but their
-    last token and that; held_back [e]: what cannot come yet.
+    bias_ids, bias [b]. Bad words of one token can never come; of longer ones, all but the last token is in `_prefixes`
+    [w, L] and the last in `_lasts` [w].
     """
 
     def __init__(self, spec: SamplingSpec, token_ids: Sequence[int], num_output_tokens: int) -> None:
         self.spec = spec
         self.num_outputs = 0
         self.has_penalty = _has_penalty(spec)
-        self.bias_ids = torch.tensor([token for token, _ in spec.logit_bias], dtype=torch.long)
-        self.bias = torch.tensor([bias for _, bias in spec.logit_bias], dtype=torch.float)
-        self.bad_ids = torch.tensor([word[0] for word in spec.bad_words if len(word) == 1], dtype=torch.long)
+        self.bias_ids = np.array([token for token, _ in spec.logit_bias], np.int64)
+        self.bias = np.array([bias for _, bias in spec.logit_bias], np.float32)
+        self._bad_ids = np.array([word[0] for word in spec.bad_words if len(word) == 1], np.int64)
+        self._never_yet = np.concatenate([self._bad_ids, np.array(spec.held_back, np.int64)])
         longer = [word for word in spec.bad_words if len(word) > 1]
         width = max((len(word) - 1 for word in longer), default=0)
-        self.prefixes = torch.tensor(
-            [(ANY_TOKEN,) * (width - len(word) + 1) + word[:-1] for word in longer], dtype=torch.long
+        self._prefixes = np.array(
+            [(_ANY_TOKEN,) * (width - len(word) + 1) + word[:-1] for word in longer], np.int64
         ).reshape(len(longer), width)
-        self.lasts = torch.tensor([word[-1] for word in longer], dtype=torch.long)
-        self._held_back = torch.tensor(spec.held_back, dtype=torch.long)
-        self._tail = [_NO_TOKEN] * width
+        self._matches_any = self._prefixes == _ANY_TOKEN
+        self._lasts = np.array([word[-1] for word in longer], np.int64)
+        self._tail = np.full(width, _NO_TOKEN, np.int64)
         self._place: dict[int, int] = {}  # of a token in the two below
-        self._ids = torch.empty(_ROOM, dtype=torch.long)
-        self._counts = torch.zeros(_ROOM)  # in the answer; of tokens that only the prompt has: 0
+        self._ids = np.empty(_ROOM, np.int64)
+        self._counts = np.zeros(_ROOM, np.float32)  # in the answer; of tokens that only the prompt has: 0
         num_prompt_tokens = len(token_ids) - num_output_tokens
         self._note(token_ids[:num_prompt_tokens], 0.0)
         self.add(token_ids[num_prompt_tokens:])
@@ -52,33 +56,36 @@ class TokenHistory:
         self._note(token_ids, 1.0)
 
     @property
-    def held_back(self) -> torch.Tensor:
-        """Ids that cannot be drawn now."""
-        return self._held_back if self.num_outputs < self.spec.min_tokens else self._held_back[:0]
+    def forbidden(self) -> Ids:
+        """Ids that cannot be drawn now: bad words, the last token of those that have come that far, ends held back."""
+        never = self._never_yet if self.num_outputs < self.spec.min_tokens else self._bad_ids
+        if not len(self._lasts):
+            return never
+        completing = (self._matches_any | (self._prefixes == self._tail)).all(axis=1)
+        return np.concatenate([never, self._lasts[completing]])
 
     @property
-    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[s] the different tokens of prompt and answer, [s] how often each is in the answer."""
+    def seen(self) -> tuple[Ids, NDArray[np.float32]]:
+        """[s] the different tokens of prompt and answer, [s] how often each is in the answer. `add` changes both."""
         return self._ids[: len(self._place)], self._counts[: len(self._place)]
 
-    def tail(self, width: int) -> list[int]:
-        """The last `width` tokens; `width` is not less than that of `prefixes`, what is not needed matches nothing."""
-        return [_NO_TOKEN] * (width - len(self._tail)) + self._tail
-
     def _note(self, token_ids: Sequence[int], count: float) -> None:
-        if self._tail:
-            self._tail = [*self._tail, *token_ids[-len(self._tail) :]][-len(self._tail) :]
-        if not self.has_penalty or not token_ids:
+        if not token_ids:
+            return
+        if width := len(self._tail):
+            new = token_ids[-width:]
+            self._tail[: width - len(new)] = self._tail[len(new) :].copy()
+            self._tail[width - len(new) :] = new
+        if not self.has_penalty:
             return
         places = [self._place.setdefault(token, len(self._place)) for token in token_ids]
         if len(self._place) > len(self._ids):
             room = max(2 * len(self._ids), len(self._place))
-            self._ids = torch.cat([self._ids, self._ids.new_empty(room - len(self._ids))])
-            self._counts = torch.cat([self._counts, self._counts.new_zeros(room - len(self._counts))])
-        index = torch.tensor(places)
-        self._ids[index] = torch.tensor(token_ids)
+            self._ids = np.concatenate([self._ids, np.empty(room - len(self._ids), np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(room - len(self._counts), np.float32)])
+        self._ids[places] = token_ids
         if count:
-            self._counts.index_add_(0, index, torch.full((len(places),), count))
+            np.add.at(self._counts, places, np.float32(count))
 
 
 class TokenHistories:
@@ -90,13 +97,13 @@ class TokenHistories:
     def __len__(self) -> int:
         return len(self._by_request)
 
-    def apply(self, plan: StepPlan) -> None:
-        """Finished first, then new, then diffs."""
+    def apply(self, plan: StepPlan, tokens_of: Callable[[str], Sequence[int]]) -> None:
+        """Finished first, then new, then diffs. tokens_of: all tokens of a request that is new in this plan."""
         for request_id in plan.finished:
             self._by_request.pop(request_id, None)
         for new in plan.new:
             if needs_history(new.sampling):
-                history = TokenHistory(new.sampling, new.token_ids, new.num_output_tokens)
+                history = TokenHistory(new.sampling, tokens_of(new.request_id), new.num_output_tokens)
                 self._by_request[new.request_id] = history
         if self._by_request:
             for diff in plan.diffs:

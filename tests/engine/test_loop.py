@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
 from dist_infer.counter_random import sample_seed
+from dist_infer.engine.answer import Answer
 from dist_infer.engine.fake_executor import FakeExecutor
 from dist_infer.engine.loop import EngineLoop
+from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
-from dist_infer.messages import SampledToken, SamplingSpec
+from dist_infer.messages import Chunk, PromptLogprobs, SampledToken, SamplingSpec
 from dist_infer.outputs import CompletionOutput, Event, Failed, Finished, TokenEvent
 from dist_infer.sampling_params import SamplingParams
-from partition.errors import ClusterError, ConfigError
+from partition.errors import ClusterError, ConfigError, DistInferError
 
 EOS = 255
 WAIT_S = 30.0  # a hang is a failure; nothing waits for it otherwise
@@ -89,7 +93,7 @@ class Engine:
         hang_at_step: int | None = None,
         step_timeout_s: float = WAIT_S,
         clock: Callable[[], float] | None = None,
-        encode: Callable[[str], Sequence[int]] | None = None,
+        encode: Callable[[str], Sequence[int]] | None = lambda text: list(text.encode()),
         start: bool = True,
     ) -> EngineLoop:
         config = SchedulerConfig(
@@ -296,7 +300,6 @@ def test_id_in_use_and_prompts_that_cannot_run_are_refused_before_anything_happe
         ("b", [1] * 30, SamplingParams(max_tokens=60), "need 23 KV blocks of 4 tokens, but there are 10"),
         ("b", [1], SamplingParams(stop_token_ids=[256]), "stop_token_ids"),
         ("b", [1], SamplingParams(logit_bias={256: 1.0}), "logit_bias token ids"),
-        ("b", [1], SamplingParams(bad_words="x"), "bad_words need a tokenizer"),
     ]:
         with pytest.raises(ConfigError, match=message):
             loop.submit(name, prompt, None, params, other)
@@ -594,7 +597,7 @@ def test_an_answer_that_fails_fails_its_request_alone(engine: Engine) -> None:
 
 
 def test_stops_wait_for_min_tokens(engine: Engine) -> None:
-    """Neither string nor id ends it before; text from before is not searched, nor held back."""
+    """Neither string nor id ends it before; what completes before does not count."""
     loop = engine(next_token=says("ab.ab.ab."))
     answer = ask(loop, "a", min_tokens=4, stop=["b."]).answer()
     assert (answer.text, answer.stop_reason) == ("ab.a", "b.")
@@ -603,8 +606,124 @@ def test_stops_wait_for_min_tokens(engine: Engine) -> None:
     assert engine.executor.plans[0].new[0].sampling.held_back == (EOS,)
 
 
+@pytest.mark.parametrize("min_tokens", [1, 2, 3])
+def test_a_stop_string_that_begins_within_min_tokens_ends_the_answer(engine: Engine, min_tokens: int) -> None:
+    """It was looked for in later text alone: the answer went on behind it and showed it."""
+    client = ask(engine(next_token=says("a STOP it")), "a", min_tokens=min_tokens, stop=["STOP"])
+    answer = client.answer()
+    assert (answer.text, answer.stop_reason) == ("a ", "STOP")
+
+
+def test_text_held_back_within_min_tokens_comes_out_at_the_end(engine: Engine) -> None:
+    loop = engine(next_token=says("go STO"))
+    assert ask(loop, "a", min_tokens=6, max_tokens=6, stop=["STOP"]).answer().text == "go STO"
+
+
+def test_an_answer_without_an_end_has_no_output() -> None:
+    """It said "abort": whoever forgot to end an answer would have told its client so."""
+    params = SamplingParams()
+    request = Request(id="a", prompt_token_ids=(1,), params=params, sampling=params.spec(0))
+    answer = Answer(request, decode, None)
+    with pytest.raises(RuntimeError, match="has not ended"):
+        answer.output(0)
+    answer.abort()
+    assert answer.output(0).finish_reason == "abort"
+
+
+def test_without_a_tokenizer_texts_to_look_for_are_refused(engine: Engine) -> None:
+    """A stop string would never be found in a text that is always empty: an option that does nothing."""
+    loop = engine(encode=None)
+    for params, message in [
+        (SamplingParams(stop="x"), "stop strings need a tokenizer.*use stop_token_ids"),
+        (SamplingParams(bad_words="x"), "bad_words need a tokenizer.*use logit_bias"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            loop.check([1], params)
+
+
+def test_bad_words_are_encoded_once(engine: Engine) -> None:
+    """A list of 256 words was encoded at every check and every submission, the latter with the engine held."""
+    encoded: list[str] = []
+
+    def encode(text: str) -> Sequence[int]:
+        encoded.append(text)
+        return list(text.encode())
+
+    loop = engine(encode=encode)
+    for name in ("a", "b"):
+        loop.check([1], SamplingParams(bad_words=["no", "on"]))
+        ask(loop, name, max_tokens=1, bad_words=["no", "on"]).answer()
+    assert encoded == ["no", " no", "on", " on"]
+    assert [new.sampling.bad_words for plan in engine.executor.plans for new in plan.new] == [
+        ((110, 111), (32, 110, 111), (111, 110), (32, 111, 110))
+    ] * 2
+    for index in range(200):
+        loop.check([1], SamplingParams(bad_words=[f"word {index}"]))
+    assert loop._bad_word_ids.cache_info().currsize < 100
+
+
+def test_logits_that_are_no_numbers_fail_their_request_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the client's doing, so no ConfigError, and no failure of the engine either."""
+    sample = FakeExecutor._sample
+
+    def damaged(self: FakeExecutor, request_id: str) -> SampledToken:
+        known = self._known[request_id]
+        if known.token_ids[0] == ord("!") and len(known.token_ids) == 4:
+            return SampledToken(request_id, 0, error="not finite", is_fault=True)
+        return sample(self, request_id)
+
+    monkeypatch.setattr(FakeExecutor, "_sample", damaged)
+    loop = engine(next_token=lambda ids, sampling: 97)
+    bad, good = ask(loop, "bad", "!:"), ask(loop, "good")
+    assert type(bad.error()) is DistInferError
+    assert "not finite" in str(bad.error())
+    assert good.answer().text == "a" * 16
+
+
+def test_a_prompt_whose_logits_are_no_numbers_fails_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = FakeExecutor._score_prompt
+
+    def damaged(self: FakeExecutor, chunk: Chunk) -> list[PromptLogprobs]:
+        return [replace(found, logprobs=(math.nan,) * len(found.logprobs)) for found in score(self, chunk)]
+
+    monkeypatch.setattr(FakeExecutor, "_score_prompt", damaged)
+    loop = engine(next_token=lambda ids, sampling: 97)
+    bad, good = ask(loop, "bad", prompt_logprobs=0), ask(loop, "good")
+    assert "a part of the prompt are not finite numbers" in str(bad.error())
+    assert good.answer().text == "a" * 16
+
+
+# ---- priority
+
+
+def test_the_more_urgent_goes_first_and_equals_in_their_order(engine: Engine) -> None:
+    loop = engine(num_kv_blocks=3, max_steps_in_flight=1, start=False)  # room for one at a time
+    order: list[str] = []
+
+    def noting(name: str) -> Client:
+        return Client(lambda event: order.append(name) if isinstance(event, Finished) else None)
+
+    clients = []
+    for name, priority in [("a", 0), ("b", 5), ("c", -5), ("d", 0), ("e", -5)]:
+        client = noting(name)
+        loop.submit(name, [1] * 6, None, SamplingParams(max_tokens=2, ignore_eos=True), client, priority)
+        clients.append(client)
+    loop.start()
+    for client in clients:
+        client.end()
+    assert order == ["c", "e", "a", "d", "b"]
+
+
+@pytest.mark.parametrize("priority", [True, 1.0, "1", None])
+def test_a_priority_that_is_no_whole_number_is_refused(engine: Engine, priority: object) -> None:
+    with pytest.raises(ConfigError, match="priority must be a whole number"):
+        engine().submit("a", [1], None, SamplingParams(), Client(), priority)  # type: ignore[arg-type]
+
+
 def test_bad_words_reach_the_ranks_as_token_ids(engine: Engine) -> None:
-    loop = engine(encode=lambda text: list(text.encode()))
+    loop = engine()
     ask(loop, "a", max_tokens=1, bad_words=["no"]).answer()
     assert engine.executor.plans[0].new[0].sampling.bad_words == ((110, 111), (32, 110, 111))
     wide = engine(encode=lambda text: [300])

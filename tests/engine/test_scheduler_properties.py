@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dist_infer.engine.fake_executor import FakeExecutor
-from dist_infer.engine.request import Request
+from dist_infer.engine.request import Request, RequestState
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
 from dist_infer.messages import StepPlan
 from dist_infer.sampling_params import SamplingParams
@@ -41,8 +42,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_micro_batches=st.integers(1, 3),
         max_requests=st.integers(2, 8),
         max_steps_in_flight=st.integers(1, 4),
+        has_rings=st.booleans(),
     )
-    def build(self, **config: int) -> None:
+    def build(self, **config: Any) -> None:
         self.config = SchedulerConfig(max_model_len=40, **config)
         self.scheduler = Scheduler(self.config)
         self.executor = FakeExecutor(
@@ -55,12 +57,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: list[StepPlan] = []
         self.num_added = 0
 
-    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 20), seed=st.integers(0, 3), greedy=st.booleans())
-    def arrive(self, num_prompt: int, max_tokens: int, seed: int, greedy: bool) -> None:
+    @rule(
+        num_prompt=st.integers(1, 12),
+        max_tokens=st.integers(1, 20),
+        seed=st.integers(0, 3),
+        greedy=st.booleans(),
+        priority=st.integers(-1, 1),
+    )
+    def arrive(self, num_prompt: int, max_tokens: int, seed: int, greedy: bool, priority: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, temperature=0 if greedy else 1, seed=seed)
         prompt = tuple(1 + (7 * self.num_added + index) % (VOCAB - 1) for index in range(num_prompt))  # no two alike
         name = f"r{self.num_added}"
-        request = Request(id=name, prompt_token_ids=prompt, params=params, sampling=params.spec(seed))
+        request = Request(
+            id=name, prompt_token_ids=prompt, params=params, sampling=params.spec(seed), priority=priority
+        )
         try:
             self.scheduler.add(request)
         except ConfigError:
@@ -69,14 +79,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live[name] = request
         self.num_added += 1
 
-    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 12), num_answers=st.integers(2, 5))
-    def arrive_as_a_family(self, num_prompt: int, max_tokens: int, num_answers: int) -> None:
+    @rule(
+        num_prompt=st.integers(1, 12),
+        max_tokens=st.integers(1, 12),
+        num_answers=st.integers(2, 5),
+        priority=st.integers(-1, 1),
+    )
+    def arrive_as_a_family(self, num_prompt: int, max_tokens: int, num_answers: int, priority: int) -> None:
         """Several answers to one prompt: they share what they can, and each is that of its solo run."""
         first = self.num_added
         prompt = tuple(1 + (7 * first + index) % (VOCAB - 1) for index in range(num_prompt))
         params = [SamplingParams(max_tokens=max_tokens, temperature=1, seed=seed) for seed in range(num_answers)]
         family = [
-            Request(id=f"r{first + index}", prompt_token_ids=prompt, params=own, sampling=own.spec(index))
+            Request(
+                id=f"r{first + index}",
+                prompt_token_ids=prompt,
+                params=own,
+                sampling=own.spec(index),
+                priority=priority,
+            )
             for index, own in enumerate(params)
         ]
         for request in family:
@@ -100,10 +121,20 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        """The executor checks the plan like a rank: order, known requests, blocks, no request in two steps."""
+        """The executor checks the plan like a rank: order, known requests, blocks, no request in two steps.
+
+        Nobody is let in before one who is more urgent and could have been, nor thrown out for one who is less.
+        """
+        ready = [request for request in self.live.values() if request.is_ready]
         plan = self.scheduler.schedule()
+        preempted = [request.turn for request in ready if request.state is RequestState.WAITING]
+        kept = [request.turn for request in ready if request.state is RequestState.RUNNING]
+        assert not preempted or not kept or max(kept) < min(preempted)
         if plan is None:
             return
+        waiting = [request for request in self.live.values() if request.state is RequestState.WAITING]
+        passed_over = [request.turn for request in waiting if not request.siblings]
+        assert all(self.live[new.request_id].turn < turn for new in plan.new for turn in passed_over)
         assert len(plan.micro_batches) <= self.config.max_micro_batches
         assert 0 < plan.num_tokens <= self.config.step_tokens
         self.executor.submit(plan)
@@ -126,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive_together(self, sizes: list[tuple[int, int]]) -> None:
         """Short prompts, longer answers: all are let in, not all can stay."""
         for num_prompt, max_tokens in sizes:
-            self.arrive(num_prompt, max_tokens, seed=1, greedy=True)
+            self.arrive(num_prompt, max_tokens, seed=1, greedy=True, priority=num_prompt % 2)
 
     @precondition(lambda self: self.live)
     @rule(num_rounds=st.integers(2, 8))

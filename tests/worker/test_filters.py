@@ -16,16 +16,20 @@ from transformers.generation.logits_process import (
 )
 
 from dist_infer.messages import SamplingSpec
-from dist_infer.worker.filters import filtered_probabilities
+from dist_infer.worker.filters import Filters, filtered_probabilities, filters_of, limits
 
 VOCAB = 300
+
+
+def filters(specs: list[SamplingSpec]) -> Filters:
+    return filters_of(specs, torch.tensor([limits(options) for options in specs], dtype=torch.float64).T)
 
 
 def ours(logits: torch.Tensor, specs: list[SamplingSpec]) -> torch.Tensor:
     """[B, vocab] by token id, summing to 1."""
     temperature = torch.tensor([[spec.temperature] for spec in specs])
     ordered, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
-    kept = filtered_probabilities(ordered, specs)
+    kept = filtered_probabilities(ordered, filters(specs))
     found = torch.zeros_like(kept).scatter(1, ids, kept)
     return found / found.sum(-1, keepdim=True)
 
@@ -90,9 +94,9 @@ def test_a_row_comes_out_the_same_to_the_bit_beside_any_other() -> None:
     specs = [spec(), *ALONE]
     temperature = torch.tensor([[options.temperature] for options in specs])
     ordered = (logits / temperature).sort(dim=-1, descending=True, stable=True)[0]
-    together = filtered_probabilities(ordered, specs)
+    together = filtered_probabilities(ordered, filters(specs))
     for row, options in enumerate(specs):
-        assert torch.equal(filtered_probabilities(ordered[row : row + 1], [options])[0], together[row])
+        assert torch.equal(filtered_probabilities(ordered[row : row + 1], filters([options]))[0], together[row])
 
 
 @pytest.mark.parametrize("options", [spec(typical_p=0.5), spec(top_p=0.5), spec(min_p=0.5), spec(top_k=2)], ids=str)

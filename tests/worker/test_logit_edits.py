@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from dist_infer.messages import NewRequest, RequestDiff, SamplingSpec, StepPlan
-from dist_infer.worker.logit_edits import edit
+from dist_infer.worker.logit_edits import Edits
 from dist_infer.worker.sampler import sample
 from dist_infer.worker.token_history import TokenHistories, TokenHistory, needs_history
 
@@ -26,7 +26,7 @@ OUTPUT = [9, 5, 9, 9]
 
 def edited(logits: torch.Tensor, *histories: TokenHistory | None) -> torch.Tensor:
     found = logits.clone()
-    edit(found, histories)
+    Edits(histories, found.device).apply(found)
     return found
 
 
@@ -132,6 +132,11 @@ def test_a_batch_is_its_rows() -> None:
         history(PROMPT, [8], repetition_penalty=0.7, bad_words=((8, 8),), logit_bias=((0, -5.0), (7, 1.0))),
     ]
     together = edited(logits, *histories)
+    sliced, edits = logits.clone(), Edits(histories, logits.device)
+    for start in range(0, 7, 2):  # as the sampler does it: some rows at a time
+        assert edits.touches(start, start + 1) == (histories[start] is not None)
+        edits.apply(sliced[start : start + 2], start)
+    assert torch.equal(sliced, together)
     for row, one in enumerate(histories):
         alone = edited(logits[row : row + 1], one)[0]
         assert torch.equal(together[row], alone)
@@ -142,13 +147,16 @@ def test_histories_follow_the_plans() -> None:
     """After a preemption the answer so far comes as part of the request: it must count as answer, not as prompt."""
     spec, plain = SamplingSpec(frequency_penalty=1.0), SamplingSpec(temperature=1.0, top_k=3)
     histories = TokenHistories()
-    histories.apply(StepPlan(0, (), new=(NewRequest("a", (5, 6), (0,), spec), NewRequest("plain", (5,), (1,), plain))))
+    known = {"a": (5, 6), "plain": (5,)}
+    new = tuple(NewRequest(name, known[name], (0,), of) for name, of in (("a", spec), ("plain", plain)))
+    histories.apply(StepPlan(0, (), new=new), known.__getitem__)
     assert len(histories) == 1
     assert [found is not None for found in histories.of(["a", "plain"])] == [True, False]
-    histories.apply(StepPlan(1, (), diffs=(RequestDiff("a", (6,), ()), RequestDiff("plain", (6,), ()))))
+    diffs = (RequestDiff("a", (6,), ()), RequestDiff("plain", (6,), ()))
+    histories.apply(StepPlan(1, (), diffs=diffs), known.__getitem__)
     (before,) = histories.of(["a"])
     again = NewRequest("a", (5, 6, 6), (3,), spec, num_output_tokens=1)
-    histories.apply(StepPlan(2, (), finished=("a", "plain"), new=(again,)))
+    histories.apply(StepPlan(2, (), finished=("a", "plain"), new=(again,)), {"a": (5, 6, 6)}.__getitem__)
     (after,) = histories.of(["a"])
     assert before is not None
     assert after is not None
@@ -156,7 +164,7 @@ def test_histories_follow_the_plans() -> None:
     zeros = torch.zeros(1, VOCAB)
     assert torch.equal(edited(zeros, after), edited(zeros, before))
     assert edited(zeros, after)[0, 5:7].tolist() == [0.0, -1.0]
-    histories.apply(StepPlan(3, (), finished=("a",)))
+    histories.apply(StepPlan(3, (), finished=("a",)), known.__getitem__)
     assert len(histories) == 0
 
 

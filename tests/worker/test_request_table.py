@@ -154,9 +154,8 @@ def test_the_first_step_may_have_any_number() -> None:
 
 
 def fork(name: str, origin: str, num_tokens: int, num_computed: int, *blocks: int) -> NewRequest:
-    return NewRequest(
-        name, tuple(range(100, 100 + num_tokens)), blocks, SamplingSpec(), fork_of=origin, num_computed=num_computed
-    )
+    own = tuple(range(100 + num_computed, 100 + num_tokens))  # the others are the origin's
+    return NewRequest(name, own, blocks, SamplingSpec(), fork_of=origin, num_computed=num_computed)
 
 
 def test_a_fork_copies_the_rows_of_a_block_that_is_not_full() -> None:
@@ -166,6 +165,8 @@ def test_a_fork_copies_the_rows_of_a_block_that_is_not_full() -> None:
     forked = fork("b", "a", 7, 6, 2, 8)
     batch = run(found, plan(1, Chunk("b", 6, 1, True), new=(forked,)))
     assert found.fork(forked) == ForkCopies((slice(12, 14), slice(32, 34)), None)
+    assert (found.token_ids("b"), found.num_prompt_tokens("b")) == (list(range(100, 107)), 7)
+    assert batch.token_ids.tolist() == [[106]]
     assert batch.view.write_positions.tolist() == [34]
     assert batch.view.spans[0].positions.tolist() == [8, 9, 10, 11, 32, 33, 34]
 
@@ -191,6 +192,10 @@ def test_a_fork_that_cannot_be_is_an_error(forked: NewRequest, message: str) -> 
     """It would answer from rows of another request, or from rows that nobody has written."""
     found = table()
     run(found, plan(0, Chunk("a", 0, 6, True), new=(new("a", 7, 2, 3),)))
-    found.apply(plan(1, new=(forked,)))
-    with pytest.raises(RuntimeError, match=message):
+
+    def take_over() -> None:
+        found.apply(plan(1, new=(forked,)))
         found.fork(forked)
+
+    with pytest.raises(RuntimeError, match=message):
+        take_over()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import TypicalLogitsWarper
 
 from dist_infer.counter_random import sample_seed, uniform
-from dist_infer.messages import SampledToken, SamplingSpec
+from dist_infer.messages import SampledToken, SamplingSpec, StepResult, decode, encode
 from dist_infer.worker import sampler
 from dist_infer.worker.sampler import sample
 from dist_infer.worker.token_history import TokenHistory
@@ -198,6 +198,62 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     assert token.logprob == pytest.approx(float(expected[1]))
     assert [i for i, _ in token.top_logprobs] == [1, 2, 0]
     assert [value for _, value in token.top_logprobs] == pytest.approx([float(expected[i]) for i in (1, 2, 0)])
+
+
+def test_what_comes_of_a_step_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are worked on one or two at a time where the vocabulary is large: the device waited after each of them."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(sampler, "SAMPLING_BYTES", 40 * sampler.SAMPLING_BYTES_PER_LOGIT)
+    assert sampler.rows_at_once(40) == 1
+    fetch, num_fetched = torch.Tensor.tolist, 0
+
+    def counted(self: torch.Tensor) -> Any:
+        nonlocal num_fetched
+        num_fetched += 1
+        return fetch(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    for spec in (SamplingSpec(), SamplingSpec(temperature=1.0, num_logprobs=3), SamplingSpec(repetition_penalty=1.5)):
+        num_fetched = 0
+        histories = [TokenHistory(spec, [1, 2], 1) if spec.repetition_penalty != 1 else None for _ in range(9)]
+        assert len(sample(torch.randn(9, 40), ["r"] * 9, [spec] * 9, range(9), histories)) == 9
+        assert num_fetched == 1
+
+
+def test_equals_come_in_the_same_order_whatever_neighbours_ask_for() -> None:
+    """Logits in bfloat16 are often equal: which of them are the 2 likeliest must not depend on who wants 20."""
+    logits = torch.zeros(2, 3000)
+    specs = [SamplingSpec(num_logprobs=2), SamplingSpec(num_logprobs=20)]
+    together = sample(logits, ["a", "b"], specs, [0, 0])
+    assert together[0] == sample(logits[:1], ["a"], specs[:1], [0])[0]
+    assert [len(token.top_logprobs) for token in together] == [2, 20]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "all -inf"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_row_that_is_no_numbers_fails_its_request_alone(bad: float | str, temperature: float) -> None:
+    """It drew token 0 or any other, without a word; with log-probabilities the engine ended for all."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50)
+    sound = logits.clone()
+    if isinstance(bad, str):
+        logits[1] = -math.inf
+    else:
+        logits[1, 7] = bad
+    for num_logprobs in (None, 2):
+        specs = [SamplingSpec(temperature=temperature, seed=4, num_logprobs=num_logprobs, top_p=0.9)] * 3
+        first, second, third = sample(logits, ["a", "b", "c"], specs, [3, 3, 3])
+        expected = sample(sound, ["a", "b", "c"], specs, [3, 3, 3])
+        assert (first, third) == (expected[0], expected[2])
+        assert second.is_fault
+        assert "are not finite numbers" in str(second.error)
+        assert (second.logprob, second.top_logprobs) == (None, ())
+
+
+def test_a_logit_of_minus_infinity_is_no_fault() -> None:
+    token = sample(torch.tensor([[0.0, -math.inf]]), ["a"], [SamplingSpec(num_logprobs=2)], [0])[0]
+    assert (token.error, token.token_id, token.top_logprobs[1]) == (None, 0, (1, -math.inf))
+    assert decode(StepResult, encode(StepResult(0, (token,)))).tokens == (token,)
 
 
 def test_each_request_gets_the_logprobs_it_asked_for() -> None:
