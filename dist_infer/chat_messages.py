@@ -25,7 +25,8 @@ _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinkin
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Plain JSON values, its own copy. In `messages` every content is one text; keys that were None are left out.
+    """Plain JSON values, its own copy. In `messages` every content is one text, or None beside tool_calls where it was
+    given so: some templates ask for it. Other keys that were None are left out.
 
     `tools` and `documents` are None when none were given: templates ask whether they are.
     """
@@ -64,6 +65,8 @@ def _message(place: str, message: object) -> dict[str, Any]:
         raise ConfigError(f"{place}.role must be a text such as user, assistant or system, not {_shown(role)}")
     if "content" in given:
         given["content"] = _content(f"{place}.content", given["content"])
+    elif given.get("tool_calls") and "content" in message:
+        given["content"] = None
     elif not given.get("tool_calls"):
         raise ConfigError(f"{place} has no content: only a message with tool_calls may be without")
     for key in _TEXT_KEYS:

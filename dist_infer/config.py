@@ -200,7 +200,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def _anchored_serve(run: ServeConfig, base: Path) -> ServeConfig:
-    files = {"api_keys_file": run.api_keys_file, "access_log": run.access_log}
+    files = {"api_keys_file": run.api_keys_file, "access_log": run.access_log, "log_file": run.log_file}
     changes: dict[str, Any] = {name: str(base / _expanded(file)) for name, file in files.items() if file is not None}
     if (tls := run.tls) is not None:
         pem = {"certificate": str(base / _expanded(tls.certificate)), "key": str(base / _expanded(tls.key))}

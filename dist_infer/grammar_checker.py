@@ -7,8 +7,11 @@ submit ──> GrammarChecker.check ──JSON line──> dist_infer.grammar_pr
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ _TURN_TIMEOUT_S = 60.0  # for other threads' grammars before this one
 _VOCABULARY_TIMEOUT_S = 60.0  # to be taken in: tenths of a second on an idle machine
 _MAX_ANSWER_BYTES = 1 << 16
 _NUM_REMEMBERED = 4096
+_TOO_SLOW_FOR_S = 30.0
 _CLOSED = "the engine is closed and takes no grammar"
 
 
@@ -36,11 +40,20 @@ class GrammarLimits:
     max_memory_bytes: int = 512 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is wrong with a grammar (None: nothing), and until when that holds, of time.monotonic."""
+
+    error: str | None
+    until_s: float = math.inf
+
+
 class GrammarChecker:
     """Owns at most one process, started at the first grammar. `close` leaves none behind.
 
-    Any thread may call; grammars come one after the other, one that was found good is remembered. make_vocabulary is
-    called once, when it is needed; its ConfigError is what every grammar then gets.
+    Any thread may call; grammars come one after the other. What was found of one is remembered and told at once,
+    whoever's turn it is; that it took too long, for half a minute, since the machine may have been busy.
+    make_vocabulary is called once, when it is needed; its ConfigError is what every grammar then gets.
     """
 
     def __init__(self, make_vocabulary: Callable[[], Vocabulary], limits: GrammarLimits | None = None) -> None:
@@ -48,9 +61,10 @@ class GrammarChecker:
         self._limits = limits or GrammarLimits()
         self._turn = threading.Lock()  # guards what is below
         self._vocabulary: Vocabulary | None = None
-        self._good: OrderedDict[Grammar, None] = OrderedDict()
         self._child: LineProcess | None = None
         self._closed = False
+        self._memory = threading.Lock()  # guards the next one; never held for longer than a look
+        self._found: OrderedDict[bytes, _Found] = OrderedDict()  # by digest
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -63,21 +77,34 @@ class GrammarChecker:
     def check(self, grammar: Grammar) -> None:
         """ConfigError: it cannot be compiled, goes beyond a limit, or this model's tokens know no grammars.
 
-        Takes milliseconds, the first time about a second. ClusterError: closed, or the process cannot be started.
+        Takes milliseconds, the first time about a second, and nothing for one that `knows`. ClusterError: closed, or
+        the process cannot be started.
         """
+        line = TypeAdapter(Grammar).dump_json(grammar) + b"\n"
+        digest = hashlib.sha256(line).digest()
+        if self._is_good(digest):
+            return
         if not self._turn.acquire(timeout=_TURN_TIMEOUT_S):
             raise ClusterError(f"no turn to check a grammar within {_TURN_TIMEOUT_S:g} s: others take too long")
         try:
-            if grammar in self._good:
-                self._good.move_to_end(grammar)
+            if self._is_good(digest):
                 return
             require_llguidance()
-            self._try(grammar)
-            self._good[grammar] = None
-            if len(self._good) > _NUM_REMEMBERED:
-                self._good.popitem(last=False)
+            found = self._try(line)
         finally:
             self._turn.release()
+        with self._memory:
+            self._found[digest] = found
+            if len(self._found) > _NUM_REMEMBERED:
+                self._found.popitem(last=False)
+        if found.error is not None:
+            raise ConfigError(found.error)
+
+    def knows(self, grammar: Grammar) -> bool:
+        """`check` of it takes no time."""
+        digest = hashlib.sha256(TypeAdapter(Grammar).dump_json(grammar) + b"\n").digest()
+        with self._memory:
+            return digest in self._found and time.monotonic() < self._found[digest].until_s
 
     def close(self) -> None:
         """End the process, and with it a check that is under way in another thread. Idempotent."""
@@ -87,28 +114,39 @@ class GrammarChecker:
         with self._turn:  # soon: whoever has it or waits for it sees the above
             self._end_child()
 
-    def _try(self, grammar: Grammar) -> None:
+    def _is_good(self, digest: bytes) -> bool:
+        """False: not known. ConfigError: known to be wrong."""
+        with self._memory:
+            found = self._found.get(digest)
+            if found is None or time.monotonic() >= found.until_s:
+                return False
+            self._found.move_to_end(digest)
+        if found.error is not None:
+            raise ConfigError(found.error)
+        return True
+
+    def _try(self, line: bytes) -> _Found:
         if self._closed:
             raise ClusterError(_CLOSED)
         if self._child is not None and self._child.has_ended:
             self._end_child()  # somebody killed it while it was idle
-        line = TypeAdapter(Grammar).dump_json(grammar) + b"\n"
         child = self._child or self._start()
         try:
             error = child.ask(line, self._limits.timeout_s, _MAX_ANSWER_BYTES).get("error")
+            return _Found(None if error is None else str(error))
         except LineTimeoutError:
             self._end_child()
             error = f"the grammar cannot be used: it takes longer than {self._limits.timeout_s:g} s to be compiled"
+            return _Found(error, time.monotonic() + _TOO_SLOW_FOR_S)
         except LineEndedError:
             self._end_child()
             if self._closed:
                 raise ClusterError(_CLOSED) from None
             error = "the grammar cannot be used: it takes too much memory, or ended the process that compiled it"
+            return _Found(error, time.monotonic() + _TOO_SLOW_FOR_S)
         except BaseException:  # Ctrl-C, for one: what it answers later must not be taken for another's answer
             self._end_child()
             raise
-        if error is not None:
-            raise ConfigError(error)
 
     def _start(self) -> LineProcess:
         vocabulary = TypeAdapter(Vocabulary).dump_json(self._known_vocabulary()) + b"\n"

@@ -107,21 +107,25 @@ class _Words:
         raise RuntimeError("nothing is tokenized: no token is forced")
 
 
-def _lark(grammar: Grammar) -> str:
-    from llguidance import regex_to_lark
-
+def lark_rule(grammar: Grammar) -> str:
+    """What of a grammar that is no Lark stands behind the name of a Lark rule. ConfigError without llguidance."""
     match grammar.kind:
-        case "lark":
-            rules = grammar.text
         case "regex":  # \d and \w as in JSON Schema: ASCII
-            rules = "start: /" + regex_to_lark(grammar.text, "dw").replace("\n", "\\n") + "/"
+            require_llguidance()
+            from llguidance import regex_to_lark
+
+            return "/" + regex_to_lark(grammar.text, "dw").replace("\n", "\\n") + "/"
         case "choice":
-            rules = "start: " + " | ".join(json.dumps(choice) for choice in grammar.choices)
+            return " | ".join(json.dumps(choice) for choice in grammar.choices)
         case "json_object":
-            rules = "start: %json " + json.dumps({"type": "object", "x-guidance": _JSON_OPTIONS})
+            return "%json " + json.dumps({"type": "object", "x-guidance": _JSON_OPTIONS})
         case "json_schema":
-            schema = {**json.loads(grammar.text), "x-guidance": _JSON_OPTIONS}
-            rules = "start: %json " + json.dumps(schema)
+            return "%json " + json.dumps({**json.loads(grammar.text), "x-guidance": _JSON_OPTIONS})
+    raise RuntimeError(f"a grammar of kind {grammar.kind} is no rule")
+
+
+def _lark(grammar: Grammar) -> str:
+    rules = grammar.text if grammar.kind == "lark" else f"start: {lark_rule(grammar)}"
     return rules + _NO_FORCING
 
 

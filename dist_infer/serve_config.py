@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from dist_infer.config_types import Count, Seconds, Section
+from dist_infer.openai.dialect import ReasoningSetting, ToolSetting
 from partition.sizes import parse_size
 
 _SIZE_SCHEMA = {
@@ -63,15 +64,40 @@ class ServeConfig(Section):
     api_keys_file: str | None = Field(
         None,
         min_length=1,
-        description="YAML, `name: {sha256, max_concurrent, requests_per_minute}`; also from DIST_INFER_API_KEYS. A "
-        "relative path is taken from the run file's directory.",
+        description="YAML, `name: {sha256, max_concurrent, requests_per_minute, priority}`; also from "
+        "DIST_INFER_API_KEYS. A relative path is taken from the run file's directory.",
     )
     allowed_hosts: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
         description="What the Host header may name. Empty: a loopback address answers to its own names, others to any.",
     )
+    allowed_origins: list[Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$")]] = Field(
+        default=[],
+        description="Other sites, `https://chat.example.org`, whose pages may call this endpoint (CORS). Empty: none.",
+    )
     access_log: str | None = Field(
         None, min_length=1, description="A file that gets a JSON line per request; never prompts or answers."
+    )
+    log_file: str | None = Field(
+        None,
+        min_length=1,
+        description="A file that gets a JSON line for all else the endpoint says, errors with their request's id; and "
+        "the lines of access_log where that is not set.",
+    )
+    log_prompts: bool = Field(
+        False, description="Write prompts and answers, and errors in full, to log_file. Off: they are in no log."
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        min_length=1,
+        description="URL of an OpenTelemetry collector, e.g. http://127.0.0.1:4318: one span a request. Needs the "
+        "extra `otel`.",
+    )
+    tool_format: ToolSetting = Field(
+        "auto", description="How the model writes calls of tools. auto: as its chat template shows; none: it does not."
+    )
+    reasoning_format: ReasoningSetting = Field(
+        "auto", description="How it marks its thought. auto: as its chat template shows; none: all is the answer."
     )
     limits: ServeLimits = ServeLimits()
     tls: TlsConfig | None = Field(None, description="Without it: HTTP.")
@@ -88,6 +114,12 @@ class ServeConfig(Section):
     def _times_in_order(self) -> ServeConfig:
         if self.limits.queue_time > self.limits.request_time:
             raise ValueError("limits.queue_time is part of limits.request_time: it cannot be longer")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_have_a_file(self) -> ServeConfig:
+        if self.log_prompts and self.log_file is None:
+            raise ValueError("log_prompts writes to log_file: name one")
         return self
 
     @property

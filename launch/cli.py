@@ -22,6 +22,7 @@ from launch.check_arch import check_arch
 from launch.interrupt import EXIT_CODE, end_on_interrupt
 from launch.options import File, Json, Set
 from launch.root_guard import check_one_root
+from launch.top import top
 from partition.errors import ConfigError, DistInferError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app, name="bench")
 app.command(name="check-arch")(check_arch)
+app.command()(top)
 
 
 @app.command()

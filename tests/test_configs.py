@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 RUN_FILES = [file for file in FILES if "model" in yaml.safe_load(file.read_text(encoding="utf-8"))]
-HARDWARE_FILES = [file for file in FILES if file not in RUN_FILES]
+SERVE_FILES = [file for file in FILES if "applications" in yaml.safe_load(file.read_text(encoding="utf-8"))]
+HARDWARE_FILES = [file for file in FILES if file not in RUN_FILES + SERVE_FILES]  # Serve's: tests/test_deploy.py
 LLAMA = f"model.path={ROOT}/tests/data/llama-3.1-405b"
 # what a file needs that a machine for tests has not: (hardware, overrides), as the file's own comments say
 ELSEWHERE: dict[str, list[tuple[str, tuple[str, ...]]]] = {

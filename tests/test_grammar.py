@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -90,4 +91,44 @@ def test_a_grammar_beyond_the_memory_limit_is_refused_and_the_next_is_not() -> N
             )
         checker.check(Grammar.regex("a"))
     finally:
+        checker.close()
+
+
+def test_what_was_found_is_told_without_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards those who know their grammar, good or bad, against waiting for somebody else's."""
+    checker = GrammarChecker(lambda: BYTES)
+    good, bad, new = Grammar.regex("a+"), Grammar.lark('start: "a" nothing'), Grammar.regex("b")
+    try:
+        checker.check(good)
+        with pytest.raises(ConfigError, match="nothing"):
+            checker.check(bad)
+        assert [checker.knows(each) for each in (good, bad, new)] == [True, True, False]
+        monkeypatch.setattr("dist_infer.grammar_checker._TURN_TIMEOUT_S", 0.01)
+        with checker._turn:  # somebody else's, who takes long
+            checker.check(good)
+            with pytest.raises(ConfigError, match="nothing"):
+                checker.check(bad)
+            with pytest.raises(ClusterError, match="no turn"):
+                checker.check(new)
+    finally:
+        checker.close()
+
+
+def test_a_grammar_that_was_too_slow_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a good grammar on a machine that was busy once."""
+    checker = GrammarChecker(lambda: BYTES, GrammarLimits(timeout_s=1e-9))
+    grammar = Grammar.regex("a+")
+    try:
+        with pytest.raises(ConfigError, match="longer than"):
+            checker.check(grammar)
+        assert checker.knows(grammar)
+        checker._limits = GrammarLimits(timeout_s=20.0)
+        with pytest.raises(ConfigError, match="longer than"):
+            checker.check(grammar)
+        now_s = time.monotonic() + 60
+        monkeypatch.setattr("dist_infer.grammar_checker.time.monotonic", lambda: now_s)
+        assert not checker.knows(grammar)
+        checker.check(grammar)
+    finally:
+        monkeypatch.undo()
         checker.close()

@@ -10,6 +10,8 @@ import yaml
 
 from dist_infer import load_config
 from dist_infer.errors import ConfigError
+from dist_infer.openai.tools import FORMATS
+from dist_infer.openai.tools.reasoning import TAGS
 from dist_infer.serve_config import ServeConfig
 
 MODEL = {"path": "/nowhere"}
@@ -84,3 +86,14 @@ def test_errors_name_the_key(run: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         serve_config(**run)
     assert words in str(refused.value)
+
+
+def test_formats_are_those_there_are() -> None:
+    """Guards run.tool_format and run.reasoning_format against names that nothing reads, and parsers nobody can name."""
+    for name in ("auto", "none", *FORMATS):
+        assert serve_config(tool_format=name).tool_format == name
+    for name in ("auto", "none", *TAGS):
+        assert serve_config(reasoning_format=name).reasoning_format == name
+    for key in ("tool_format", "reasoning_format"):
+        with pytest.raises(ConfigError, match=f"run.{key}"):
+            serve_config(**{key: "hermess"})

@@ -7,32 +7,40 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from dist_infer.metrics.exposition import CONTENT_TYPE
 from dist_infer.openai.answering import Answering, ChatAnswering, CompletionAnswering
 from dist_infer.openai.body import parse
+from dist_infer.openai.canary import RECENT_S, Canary
+from dist_infer.openai.conversation import plain_messages
 from dist_infer.openai.errors import ApiError, deadline_passed, internal, not_found, translated
 from dist_infer.openai.guard import Guard, Receive, Scope, Send
-from dist_infer.openai.keys import KeyRing
+from dist_infer.openai.keys import KeyRing, priority_of
+from dist_infer.openai.logs import log_failure
 from dist_infer.openai.openapi import answers_of, body_of
 from dist_infer.openai.service import Draining, Failed, Loading, Ready, Service, Ticket
 from dist_infer.openai.stream import Counts, body, chunks, error_bytes
+from dist_infer.openai.tracing import RequestTracer
 from dist_infer.openai.translate import (
     FIELDS,
     Ask,
     ask_chat,
     ask_completion,
     chat_params,
+    check_constraint,
     completion_params,
     num_prompts,
 )
 from dist_infer.openai.types import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
+from dist_infer.openai.web_pages import add_web_pages
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ConfigError
 
@@ -42,17 +50,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the app needs beside the service. hosts: see Guard."""
+    """What the app needs beside the service. hosts: see Guard. origins: other sites whose pages may call it (CORS).
+
+    canary_s: how long an engine may have been idle before a readiness probe asks it for a token.
+    """
 
     keys: KeyRing
     hosts: tuple[str, ...] = ("*",)
+    tracer: RequestTracer | None = None
+    origins: tuple[str, ...] = ()
+    canary_s: float = RECENT_S
 
 
 def make_app(service: Service, settings: Settings) -> FastAPI:
     """An ASGI app; `service` stays its owner's to close."""
     app = FastAPI(title="dist-infer", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     app.router.redirect_slashes = False
-    app.add_middleware(Guard, keys=settings.keys, hosts=settings.hosts)
+    app.add_middleware(Guard, keys=settings.keys, hosts=settings.hosts, service=service, tracer=settings.tracer)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    canary = Canary(recent_s=settings.canary_s)
 
     @app.exception_handler(HTTPException)
     async def of_the_router(request: Request, error: HTTPException) -> Response:
@@ -60,27 +83,33 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
         known = ApiError(error.status_code, kind, code="unknown_url" if error.status_code == 404 else None)
         return Response(known.body(), error.status_code, {**known.headers(), **(error.headers or {})}, _JSON)
 
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers_of())
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers_of(streams=True))
     async def chat(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request, service))
         _check_model(service, asked.model)
         params = _named(lambda: chat_params(asked))
 
+        priority = priority_of(request.state.key, asked.priority)
+
         async def prepare(ticket: Ticket) -> tuple[Ask, Answering]:
             ask = await service.in_thread(ask_chat, asked, params, ticket)
-            return ask, ChatAnswering(asked, ask)
+            await check_constraint(service, ticket, ask)
+            return replace(ask, priority=priority), ChatAnswering(asked, ask)
 
         return WhileConnected(lambda send: _answer(service, request, asked, params.num_samples, prepare, send))
 
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers_of())
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers_of(streams=True))
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request, service))
         _check_model(service, asked.model)
         params = _named(lambda: completion_params(asked))
 
+        priority = priority_of(request.state.key, asked.priority)
+
         async def prepare(ticket: Ticket) -> tuple[Ask, Answering]:
             ask = await service.in_thread(ask_completion, asked, params, ticket)
-            return ask, CompletionAnswering(asked, ask, ticket.ready.engine)
+            await check_constraint(service, ticket, ask)
+            return replace(ask, priority=priority), CompletionAnswering(asked, ask, ticket.ready.engine)
 
         num_answers = params.num_samples * num_prompts(asked)
         return WhileConnected(lambda send: _answer(service, request, asked, num_answers, prepare, send))
@@ -110,11 +139,13 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.get("/metrics", responses=answers_of())
     async def metrics() -> Response:
-        return Response(service.metrics_text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/health", responses=answers_of())
     @app.get("/health/ready", responses=answers_of(), operation_id="ready")
     async def ready() -> Response:
+        if isinstance(state := service.state, Ready):
+            canary.look(state.engine)
         return _health(service, startup=False)
 
     @app.get("/health/startup", responses=answers_of())
@@ -125,6 +156,7 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
     async def live() -> Response:
         return _json({"status": "alive"})
 
+    add_web_pages(app)
     return app
 
 
@@ -174,13 +206,15 @@ async def _answer(
         """A server that shows when its client reads nothing waits here; ours also cuts the connection itself."""
         message = {"type": "http.response.body", "body": data, "more_body": more}
         try:
-            await asyncio.wait_for(send(message), service.limits.write_time)
+            async with asyncio.timeout(service.limits.write_time):
+                await send(message)
         except TimeoutError:
             raise _StalledError from None
 
     try:
         async with asyncio.timeout(service.limits.request_time):
             with service.admit(num_answers) as ticket:
+                counts.times = ticket.times
                 ask, answering = await prepare(ticket)
                 counts.num_prompt_tokens = ask.num_prompt_tokens
                 ticket.take_tokens(ask.num_prompt_tokens)
@@ -201,18 +235,18 @@ async def _answer(
     except _StalledError:
         return  # without an end: the server closes such a connection
     except Exception as error:
-        known = _known(error, request.state.request_id)
+        known = _known(error, request.state.request_id, service)
         if not has_begun or not asked.stream:
             raise known from error
         await write(error_bytes(known), more=False)
 
 
-def _known(error: Exception, request_id: str) -> ApiError:
+def _known(error: Exception, request_id: str, service: Service) -> ApiError:
     if isinstance(error, TimeoutError):
         return deadline_passed("the deadline of this request has passed")
     found = translated(error, FIELDS)
     if found is None:
-        _log.error("request %s failed", request_id, exc_info=error)
+        log_failure(request_id, error, with_text=service.log_prompts)
         return internal(request_id)
     return found
 
@@ -271,7 +305,7 @@ def _check_model(service: Service, name: str | None) -> None:
 def _tokenized(asked: TokenizeRequest, ready: Ready) -> dict[str, Any]:
     if asked.messages is not None:
         generates = True if asked.add_generation_prompt is None else asked.add_generation_prompt
-        messages = [message.plain() for message in asked.messages]
+        messages = plain_messages(asked.messages, ready.dialect)
         ids = ready.engine.chat_prompt(messages, add_generation_prompt=generates)[1]
     else:
         special = True if asked.add_special_tokens is None else asked.add_special_tokens

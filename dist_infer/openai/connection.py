@@ -7,6 +7,7 @@ body    ──body_time, then a little──> aborted      too many pieces or by
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final
 
 import h11
@@ -48,6 +49,7 @@ class Connection(H11Protocol):
     """Made by `protocol_class`; runs in the event loop."""
 
     limits: ServeLimits
+    on_refused: Callable[[ApiError], None]
 
     def __init__(
         self,
@@ -147,6 +149,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the app, and close."""
+        self.on_refused(error)
         body = error.body()
         head = (
             f"HTTP/1.1 {error.status} {_REASONS[error.status].decode()}\r\ncontent-type: application/json\r\n"
@@ -159,5 +162,5 @@ class Connection(H11Protocol):
         self._unread = self._unread or self.loop.call_later(self.limits.write_time, self.transport.abort)
 
 
-def protocol_class(limits: ServeLimits) -> type[Connection]:
-    return type("Connection", (Connection,), {"limits": limits})
+def protocol_class(limits: ServeLimits, on_refused: Callable[[ApiError], None]) -> type[Connection]:
+    return type("Connection", (Connection,), {"limits": limits, "on_refused": staticmethod(on_refused)})

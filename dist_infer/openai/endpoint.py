@@ -9,16 +9,20 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI
 
+from dist_infer import __version__
 from dist_infer.config import RunConfig
 from dist_infer.llm import LLM
+from dist_infer.metrics.snapshot import Build
 from dist_infer.openai.app import Settings, make_app
-from dist_infer.openai.guard import ACCESS_LOG
+from dist_infer.openai.errors import ApiError
 from dist_infer.openai.keys import ApiKey, KeyRing
+from dist_infer.openai.logs import LogFiles, described
 from dist_infer.openai.server import HttpServer
 from dist_infer.openai.service import Draining, Failed, Loading, Ready, Service
+from dist_infer.openai.tracing import RequestTracer
 from dist_infer.serve_config import ServeConfig
 from dist_infer.startup import Progress
-from partition.errors import ConfigError, DistInferError
+from partition.errors import DistInferError
 
 _log = logging.getLogger(__name__)
 _LOOK_S = 1.0
@@ -50,20 +54,34 @@ class Endpoint:
         ready_line: Callable[[LLM], str] = lambda llm: "",
     ) -> None:
         self._config, self._run = config, run
-        self.service = Service(model_name=run.model_name or config.name, limits=run.limits)
-        self.app: FastAPI = make_app(self.service, Settings(keys=KeyRing(keys), hosts=run.hosts))
+        name = run.model_name or config.name
+        self.service = Service(model_name=name, limits=run.limits, log_prompts=run.log_prompts)
+        self.service.metrics.build = Build(
+            version=__version__,
+            model=name,
+            executor=config.cluster.executor,
+            tensor=str(config.parallel.tensor),
+            pipeline=str(config.parallel.pipeline),
+        )
+        self._tracer = None if run.otlp_endpoint is None else RequestTracer(run.otlp_endpoint, model=name)
+        self.app: FastAPI = make_app(
+            self.service,
+            Settings(keys=KeyRing(keys), hosts=run.hosts, origins=tuple(run.allowed_origins), tracer=self._tracer),
+        )
         self._make_ready_line, self._ready_line = ready_line, ""
         self._server: HttpServer | None = None
         self._llm: LLM | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._log_file: logging.Handler | None = None
+        self._logs: LogFiles | None = None
 
     async def start(self, *, listen: bool) -> None:
         """Begin to load, and to listen if this app has no server around it. What goes wrong is in `status`."""
         try:
-            self._open_log()
+            self._logs = LogFiles(
+                access_log=self._run.access_log, log_file=self._run.log_file, log_prompts=self._run.log_prompts
+            )
             if listen:
-                self._server = HttpServer(self.app, self._run)
+                self._server = HttpServer(self.app, self._run, on_refused=self._count_refused)
                 await self._server.start()
         except DistInferError as error:
             self.service.fail(error)
@@ -100,36 +118,36 @@ class Endpoint:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.close)
         self.service.close()
-        if self._log_file is not None:
-            ACCESS_LOG.removeHandler(self._log_file)
-            self._log_file.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
+        if self._logs is not None:
+            self._logs.close()
 
     async def _load(self) -> None:
         try:
             self._llm = await asyncio.to_thread(LLM, self._config, on_progress=self._note)
         except Exception as error:
             if not isinstance(error, DistInferError):
-                _log.exception("the model could not be started")
+                _log.error("the model could not be started: %s", described(error, with_text=True))  # nobody's prompt
             self.service.fail(error)
             return
         self._ready_line = self._make_ready_line(self._llm)
         plan = self._llm.plan
-        self.service.become_ready(self._llm, max_requests=plan.max_requests, max_model_len=plan.max_model_len)
+        self.service.become_ready(
+            self._llm,
+            max_requests=plan.max_requests,
+            max_model_len=plan.max_model_len,
+            tool_format=self._run.tool_format,
+            reasoning_format=self._run.reasoning_format,
+        )
 
     def _note(self, progress: Progress) -> None:
         self.service.note_progress(progress.phase, progress.done, progress.total)
 
-    def _open_log(self) -> None:
-        if self._run.access_log is None:
-            return
-        try:
-            self._log_file = logging.FileHandler(self._run.access_log, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run.access_log: cannot write {self._run.access_log}: {error.strerror}") from error
-        self._log_file.setFormatter(logging.Formatter("%(message)s"))
-        ACCESS_LOG.addHandler(self._log_file)
-        ACCESS_LOG.setLevel(logging.INFO)
-        ACCESS_LOG.propagate = False
+    def _count_refused(self, error: ApiError) -> None:
+        """By the connection itself: the app never saw it."""
+        self.service.metrics.count_answer("other", error.status)
+        self.service.metrics.count_refusal(error.code or str(error.status))
 
     def _status(self) -> Status:
         state = self.service.state

@@ -1,6 +1,7 @@
 """What goes wrong over HTTP: a status and OpenAI's error body, never a trace, a path or a key.
 
-400 invalid_request_error (bad JSON too)   401 no key   404 unknown model or route   405   408   413   415
+400 invalid_request_error (bad JSON too)   401 no key   403 a key for /metrics alone   404 unknown model or route
+405   408   413   415
 429 queue or rate, with Retry-After   500 ours   503 loading, draining, failed, with Retry-After   504 deadline
 """
 
@@ -10,9 +11,12 @@ import json
 import math
 import re
 
+from dist_infer.openai.tools.errors import FieldError
 from partition.errors import ClusterError, ConfigError
 
 _CONTEXT = re.compile(r"max_model_len is|KV blocks of")
+_MAX_MESSAGE_CHARS = 1500
+_MAX_PARAM_CHARS = 200
 _FIELD = re.compile(r"`?([a-z][a-z_]*)")
 
 
@@ -52,6 +56,10 @@ def unauthorized(message: str) -> ApiError:
     return ApiError(401, message, type="authentication_error", code="invalid_api_key")
 
 
+def forbidden(message: str) -> ApiError:
+    return ApiError(403, message, type="permission_error", code="key_not_allowed")
+
+
 def not_found(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(404, message, param=param, code=code)
 
@@ -81,8 +89,10 @@ def translated(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErr
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FieldError):
+        return bad_request(_short(str(error), _MAX_MESSAGE_CHARS), param=_short(error.param, _MAX_PARAM_CHARS))
     if isinstance(error, ConfigError):
-        message = str(error)
+        message = _short(str(error), _MAX_MESSAGE_CHARS)
         named = _FIELD.match(message)
         param = named[1] if named is not None and named[1] in fields else None
         code = "context_length_exceeded" if _CONTEXT.search(message) else None
@@ -90,3 +100,7 @@ def translated(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErr
     if isinstance(error, ClusterError):
         return unavailable("the engine has failed and is being replaced", "engine_unavailable", 10)
     return None
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dist_infer.openai.errors import too_many, unauthorized
+from dist_infer.openai.errors import bad_request, too_many, unauthorized
+from dist_infer.openai.types import MAX_PRIORITY
 from partition.errors import ConfigError
 from partition.yaml_loader import parse_yaml
 
@@ -32,16 +33,31 @@ class _Entry(BaseModel):
     sha256: str = Field(pattern=_HASH.pattern)
     max_concurrent: int | None = Field(None, ge=1)
     requests_per_minute: int | None = Field(None, ge=1)
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    only_metrics: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey:
-    """A name and the hash of its key. None: no limit of its own."""
+    """A name and the hash of its key. None: no limit of its own. priority: of its requests, and the most urgent (the
+    lowest) that they may ask for. only_metrics: it opens nothing but `/metrics`."""
 
     name: str
     sha256: str
     max_concurrent: int | None = None
     requests_per_minute: int | None = None
+    priority: int | None = None
+    only_metrics: bool = False
+
+
+def priority_of(key: ApiKey | None, asked: int | None) -> int:
+    """Of a request with this key that asks for `asked`. ApiError 400 for one more urgent than the key may be."""
+    floor = None if key is None else key.priority
+    if asked is None:
+        return floor or 0
+    if floor is not None and asked < floor:
+        raise bad_request(f"`priority`: {asked} is more urgent than this key may be: {floor} or more", param="priority")
+    return asked
 
 
 @dataclass
@@ -109,7 +125,7 @@ class KeyRing:
 
 
 def load_keys(file: str | None, environment: Mapping[str, str]) -> tuple[ApiKey, ...]:
-    """Of the file (`name: {sha256, max_concurrent, requests_per_minute}`) and of DIST_INFER_API_KEYS (`name=key,...`).
+    """Of the file (names, each with what `_Entry` has) and of DIST_INFER_API_KEYS (`name=key,...`).
 
     Raises ConfigError with the place; no message has a key in it.
     """
@@ -138,8 +154,8 @@ def _of_file(file: str) -> list[ApiKey]:
             place = ".".join(str(part) for part in error.errors()[0]["loc"])
             raise ConfigError(
                 f"run.api_keys_file: {file}: {_checked_name(name)} {place}: {error.errors()[0]['msg']}; each name has "
-                "sha256 (64 hex digits, as `printf %s KEY | sha256sum` prints) and may have max_concurrent and "
-                "requests_per_minute"
+                "sha256 (64 hex digits, as `printf %s KEY | sha256sum` prints) and may have max_concurrent, "
+                "requests_per_minute, priority and only_metrics"
             ) from None
         keys.append(ApiKey(name=_checked_name(name), **entry.model_dump()))
     return keys

@@ -22,9 +22,15 @@ _ERROR = {
         }
     },
 }
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON; the last one is [DONE]"}},
+}
 _STATUSES = {
     400: "The request is wrong; `param` names the field",
     401: "No key, or one that is not known",
+    403: "A key that may only read the metrics",
     404: "No such model or route",
     405: "Another method",
     408: "The body came too slowly",
@@ -37,9 +43,11 @@ _STATUSES = {
 }
 
 
-def answers_of() -> dict[int | str, dict[str, Any]]:
-    """200 and every error, in the one shape."""
+def answers_of(*, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """200 and every error, in the one shape. streams: the answer may come as events."""
     found: dict[int | str, dict[str, Any]] = {200: {"description": "The answer"}}
+    if streams:
+        found[200]["content"] = {"application/json": {}, "text/event-stream": {"schema": _EVENT}}
     for status, what in _STATUSES.items():
         found[status] = {"description": what, "content": {"application/json": {"schema": _ERROR}}}
     return found

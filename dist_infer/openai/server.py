@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
 
 from dist_infer.openai.connection import MAX_HEADER_BYTES, protocol_class
+from dist_infer.openai.errors import ApiError
 from dist_infer.serve_config import ServeConfig
 from partition.errors import ClusterError, ConfigError
 
@@ -25,9 +26,14 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """`start` listens, `stop` closes. Raises ConfigError for an address or a certificate that cannot be used."""
+    """`start` listens, `stop` closes. Raises ConfigError for an address or a certificate that cannot be used.
 
-    def __init__(self, app: Any, config: ServeConfig) -> None:
+    on_refused: is told of requests that were answered before the app saw them.
+    """
+
+    def __init__(
+        self, app: Any, config: ServeConfig, *, on_refused: Callable[[ApiError], None] = lambda error: None
+    ) -> None:
         self._config = config
         self._socket = _listen(config.host, config.port)
         self.port: int = self._socket.getsockname()[1]
@@ -35,7 +41,7 @@ class HttpServer:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
-                http=protocol_class(config.limits),
+                http=protocol_class(config.limits, on_refused),
                 ws="none",
                 lifespan="off",
                 log_config=None,

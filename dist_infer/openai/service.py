@@ -14,74 +14,24 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from dist_infer.engine.stats import EngineStats
+from dist_infer.openai.dialect import ReasoningSetting, ToolSetting, find_dialect
 from dist_infer.openai.errors import ApiError, bad_request, too_many, unavailable
-from dist_infer.openai.plain_metrics import plain_metrics
+from dist_infer.openai.phases import Draining, Failed, Loading, Ready, State
+from dist_infer.openai.port import Engine
+from dist_infer.openai.service_metrics import ServiceMetrics
 from dist_infer.outputs import Event, TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from dist_infer.serve_config import ServeLimits
 
+__all__ = ["Draining", "Engine", "Failed", "Loading", "Ready", "Service", "State", "Ticket", "check_length"]
 T = TypeVar("T")
 _THREADS = 2  # tokenizers compute without the interpreter's lock
+_MAX_NEW_GRAMMARS = 8  # that wait to be compiled, one by one, each for up to a second
 _RETRY_LOADING_S = 5.0
 _MAX_RETRY_S = 60.0
 _WEIGHT_OF_NEWEST = 0.1
-
-
-class Engine(Protocol):
-    """What is served; `dist_infer.LLM` is one."""
-
-    def submit(
-        self, text: str | None, ids: list[int], params: SamplingParams, on_event: Callable[[Event], None]
-    ) -> str: ...
-    def abort(self, request_id: str) -> bool: ...
-    def check(self, ids: Sequence[int], params: SamplingParams) -> None: ...
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-    def chat_prompt(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        documents: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> tuple[str, list[int]]: ...
-    @property
-    def stats(self) -> EngineStats: ...
-    @property
-    def failure(self) -> Exception | None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading:
-    """done of total; total 0: unknown."""
-
-    phase: str = "starting"
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    engine: Engine
-    max_requests: int
-    max_model_len: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draining:
-    ready: Ready | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    error: Exception
-
-
-State = Loading | Ready | Draining | Failed
 
 
 class Ticket:
@@ -92,6 +42,7 @@ class Ticket:
         self._waiting_tokens = 0
         self.ready = ready
         self.arrival_s = service.clock()
+        self.times = service.metrics.follow(self.arrival_s)
 
     def take_tokens(self, num_tokens: int) -> None:
         """ApiError 429 when too many prompt tokens wait already. A request with nobody before it always may."""
@@ -135,21 +86,30 @@ class _Hub:
 
 
 class Service:
-    """Made and used in one event loop. `metrics_text` may be replaced by whoever knows more to say."""
+    """Made and used in one event loop. log_prompts: what is asked and answered may be logged."""
 
-    def __init__(self, *, model_name: str, limits: ServeLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        limits: ServeLimits,
+        log_prompts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model_name, self.limits, self.clock = model_name, limits, clock
         self.wall_clock: Callable[[], float] = time.time
         self.created = int(time.time())
-        self.metrics_text: Callable[[], bytes] = lambda: plain_metrics(self)
+        self.log_prompts = log_prompts
+        self.metrics = ServiceMetrics(self)
         self.num_waiting_tokens = 0
         self.num_open = 0  # answers that were admitted and have no end
-        self.num_refused = 0
         self._state: State = Loading()
         self._mean_request_s = 1.0
         self._empty = asyncio.Event()
         self._empty.set()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="dist-infer-text")
+        self._grammar_threads = ThreadPoolExecutor(_MAX_NEW_GRAMMARS, thread_name_prefix="dist-infer-grammar")
+        self._num_new_grammars = 0
         self._hub = _Hub(asyncio.get_running_loop())
         self._running: set[str] = set()
 
@@ -167,10 +127,20 @@ class Service:
         if isinstance(self._state, Loading):
             self._state = Loading(phase=phase, done=done, total=total)
 
-    def become_ready(self, engine: Engine, *, max_requests: int, max_model_len: int) -> None:
-        """The engine stays its owner's to close, after `close`."""
+    def become_ready(
+        self,
+        engine: Engine,
+        *,
+        max_requests: int,
+        max_model_len: int,
+        tool_format: ToolSetting = "auto",
+        reasoning_format: ReasoningSetting = "auto",
+    ) -> None:
+        """The engine stays its owner's to close, after `close`. The formats are the run file's."""
         if isinstance(self._state, Loading):
-            self._state = Ready(engine=engine, max_requests=max_requests, max_model_len=max_model_len)
+            dialect = find_dialect(engine, tool_format, reasoning_format)
+            self._state = Ready(engine=engine, max_requests=max_requests, max_model_len=max_model_len, dialect=dialect)
+            self.metrics.watch(engine)
 
     def fail(self, error: Exception) -> None:
         self._state = Failed(error=error)
@@ -180,7 +150,8 @@ class Service:
         if not isinstance(self._state, Draining):
             self._state = Draining(ready=self._state if isinstance(self._state, Ready) else None)
         try:
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
         except TimeoutError:
             ready = self._state.ready if isinstance(self._state, Draining) else None
             for request_id in tuple(self._running):
@@ -190,7 +161,9 @@ class Service:
         return True
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._grammar_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self.metrics.close()
 
     # ---- requests
 
@@ -214,7 +187,6 @@ class Service:
         if num_answers > most:
             raise bad_request(f"{num_answers} answers are asked for at once; {most} can be open here", param="n")
         if self.num_open + num_answers > most:
-            self.num_refused += 1
             raise too_many(
                 f"the queue is full: {self.num_open} answers are open and {most} may be",
                 "queue_full",
@@ -243,12 +215,40 @@ class Service:
         """For tokenizers and templates: they must not hold up others' streams."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
+    async def check_grammar(self, ticket: Ticket, ids: Sequence[int], params: SamplingParams) -> None:
+        """ConfigError for a grammar that cannot be used, ApiError 429 when too many wait to be compiled.
+
+        In threads of their own: nobody's stream, tokenizer or known grammar waits for a bad one.
+        """
+        engine = ticket.ready.engine
+        if params.grammar is None or engine.knows_grammar(params.grammar):
+            engine.check(ids, params)
+            return
+        if self._num_new_grammars >= _MAX_NEW_GRAMMARS:
+            raise too_many(f"{self._num_new_grammars} new grammars are being compiled", "grammar_queue_full", 2)
+        self._num_new_grammars += 1
+        done = asyncio.get_running_loop().run_in_executor(self._grammar_threads, engine.check, ids, params)
+        done.add_done_callback(self._grammar_done)
+        await asyncio.shield(done)  # a client that leaves does not give its thread back
+
+    def _grammar_done(self, done: asyncio.Future[None]) -> None:
+        self._num_new_grammars -= 1
+        if not done.cancelled():
+            done.exception()  # it was told to whoever still waits
+
     async def events(
-        self, ticket: Ticket, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams
+        self,
+        ticket: Ticket,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        is_enough: Callable[[int], bool] = lambda index: False,
     ) -> AsyncGenerator[list[tuple[int, Event]], None]:
         """(index of the prompt, event), as many at a time as there are, until each prompt has its end.
 
-        Close it early to abort what is left. TimeoutError when the first token does not come within queue_time.
+        is_enough: asked after each batch, whether no more is wanted of a prompt: it is then aborted. Close it early to
+        abort what is left. TimeoutError when the first token does not come within queue_time.
         Raises what `Engine.submit` raises; then nothing stays queued.
         """
         engine = ticket.ready.engine
@@ -261,22 +261,27 @@ class Service:
         is_waiting = True
         try:
             for index, (text, ids) in enumerate(prompts):
-                open_ids[index] = engine.submit(text, ids, params, sink(index))
+                open_ids[index] = engine.submit(text, ids, params, sink(index), priority=priority)
                 self._running.add(open_ids[index])
             while open_ids:
                 if is_waiting:
                     left_s = ticket.arrival_s + self.limits.queue_time - self.clock()
-                    batch = [await asyncio.wait_for(arrived.get(), max(0.0, left_s))]
+                    async with asyncio.timeout(max(0.0, left_s)):  # wait_for may lose a cancellation (Python 3.11)
+                        batch = [await arrived.get()]
                     is_waiting = False
                     ticket.first_token()
                 else:
                     batch = [await arrived.get()]
                 while not arrived.empty():
                     batch.append(arrived.get_nowait())
+                ticket.times.take(batch, self.clock())
                 for index, event in batch:
                     if not isinstance(event, TokenEvent):
                         self._running.discard(open_ids.pop(index))
                 yield batch
+                for index, request_id in open_ids.items():
+                    if is_enough(index):
+                        engine.abort(request_id)  # once more, until its end has come, does no harm
         finally:
             for request_id in open_ids.values():
                 self._running.discard(request_id)

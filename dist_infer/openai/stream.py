@@ -9,12 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from dist_infer.metrics.request_times import AnswerTimes
 from dist_infer.openai.answering import Answering
 from dist_infer.openai.answers import prompt_logprobs, usage
 from dist_infer.openai.errors import ApiError
 from dist_infer.openai.service import Service, Ticket
 from dist_infer.openai.translate import Ask
-from dist_infer.outputs import Failed, Finished, TokenEvent
+from dist_infer.outputs import Event, Failed, Finished, TokenEvent
 
 DONE = b"data: [DONE]\n\n"
 
@@ -25,8 +26,13 @@ class Counts:
 
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    times: AnswerTimes | None = None
     user: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.times is None else self.times.ttft_s
 
 
 def event_bytes(data: Any) -> bytes:
@@ -47,6 +53,12 @@ def _head(service: Service, answering: Answering, kind: str) -> dict[str, Any]:
     }
 
 
+def _events(
+    service: Service, ticket: Ticket, ask: Ask, answering: Answering
+) -> AsyncGenerator[list[tuple[int, Event]], None]:
+    return service.events(ticket, ask.prompts, ask.params, priority=ask.priority, is_enough=answering.is_enough)
+
+
 async def chunks(
     service: Service, ticket: Ticket, ask: Ask, answering: Answering, counts: Counts, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
@@ -57,18 +69,17 @@ async def chunks(
         return event_bytes({**head, "choices": choices, **({"usage": None} if include_usage else {})})
 
     opened: set[int] = set()
-    async with aclosing(service.events(ticket, ask.prompts, ask.params)) as batches:
+    async with aclosing(_events(service, ticket, ask, answering)) as batches:
         async for batch in batches:
             out: list[bytes] = []
             for prompt, event in batch:
                 if isinstance(event, Failed):
-                    raise event.error
+                    raise ask.explained(event.error) from event.error
                 if prompt not in opened:
                     opened.add(prompt)
                     out += [chunk([choice]) for choice in answering.openings(prompt, None)]
                 if isinstance(event, TokenEvent):
-                    choice = answering.piece(prompt, event)
-                    out += [] if choice is None else [chunk([choice])]
+                    out += [chunk([choice]) for choice in answering.pieces(prompt, event)]
                 elif isinstance(event, Finished):
                     counts.num_output_tokens += answering.num_output_tokens(event.output)
                     out += [chunk([choice]) for choice in answering.ends(prompt, event.output)]
@@ -85,12 +96,14 @@ async def body(service: Service, ticket: Ticket, ask: Ask, answering: Answering,
     head = _head(service, answering, answering.body_object)
     choices: list[dict[str, Any]] = []
     extra: dict[str, Any] = {}
-    async with aclosing(service.events(ticket, ask.prompts, ask.params)) as batches:
+    async with aclosing(_events(service, ticket, ask, answering)) as batches:
         async for batch in batches:
             for prompt, event in batch:
                 if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Finished):
+                    raise ask.explained(event.error) from event.error
+                if isinstance(event, TokenEvent):
+                    answering.note(prompt, event)
+                elif isinstance(event, Finished):
                     counts.num_output_tokens += answering.num_output_tokens(event.output)
                     choices += answering.whole(prompt, event.output)
                     if answering.body_object == "chat.completion" and ask.params.prompt_logprobs is not None:

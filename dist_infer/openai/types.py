@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
 
+from dist_infer.grammar import MAX_CHOICES
+from dist_infer.openai.tools.requested import MAX_TOOLS
 from dist_infer.sampling_params import (
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
@@ -28,6 +30,7 @@ from dist_infer.sampling_params import (
 MAX_PROMPTS = 128
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
+MAX_PRIORITY = 1000
 _MAX_USER_CHARS = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -40,6 +43,77 @@ _Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 _BiasKey = Annotated[str, Field(pattern=r"^\d{1,10}$")]
 _Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 
+_Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+_Object = dict[str, JsonValue]
+_Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+def _described(**schema: Any) -> WithJsonSchema:
+    """For the OpenAPI document, where what is checked is checked in more words than types have."""
+    return WithJsonSchema(schema)
+
+
+_FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+_Tools = Annotated[
+    list[_Object],
+    Field(max_length=MAX_TOOLS, fail_fast=True),
+    _described(
+        type="array",
+        maxItems=MAX_TOOLS,
+        items={
+            "type": "object",
+            "required": ["type", "function"],
+            "additionalProperties": False,
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+                        "description": {"type": ["string", "null"]},
+                        "parameters": {"type": ["object", "null"], "description": "JSON Schema of the arguments."},
+                        "strict": {"type": ["boolean", "null"], "description": "Arguments always fit the schema."},
+                    },
+                },
+            },
+        },
+    ),
+]
+_ToolChoice = Annotated[
+    str | _Object,
+    _described(
+        anyOf=[
+            {"enum": ["auto", "none", "required"]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+            },
+        ]
+    ),
+]
+_ResponseFormat = Annotated[
+    _Object,
+    _described(
+        type="object",
+        required=["type"],
+        properties={
+            "type": {"enum": ["text", "json_object", "json_schema"]},
+            "json_schema": {
+                "type": "object",
+                "required": ["name", "schema"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "schema": {"type": "object"},
+                    "strict": {"type": ["boolean", "null"], "description": "The schema is kept in any case."},
+                },
+            },
+        },
+    ),
+]
+
 
 class Strict(BaseModel):
     """No unknown fields, no conversions; NaN and infinities are no numbers."""
@@ -49,6 +123,16 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = Field(None, description="A last chunk with the usage of the whole request.")
+
+
+class StructuredOutputs(Strict):
+    """What the whole answer must be: one of these."""
+
+    json_: str | _Object | None = Field(None, alias="json", description="A JSON Schema.")
+    json_object: Literal[True] | None = None
+    regex: Text | None = None
+    choice: _Choices | None = None
+    grammar: Text | None = Field(None, description="In llguidance's Lark dialect.")
 
 
 class Sampled(Strict):
@@ -75,6 +159,12 @@ class Sampled(Strict):
     ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    guided_json: str | _Object | None = Field(None, description="A JSON Schema that the answer fits.")
+    guided_regex: Text | None = None
+    guided_choice: _Choices | None = None
+    guided_grammar: Text | None = Field(None, description="In llguidance's Lark dialect.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The newer way to say one of these.")
+    priority: _Priority | None = Field(None, description="Lower is sooner; 0, or the key's own, when left out.")
     user: str | None = Field(None, max_length=_MAX_USER_CHARS, description="For the access log alone.")
 
     @model_validator(mode="after")
@@ -94,23 +184,23 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """One of a conversation. Only text can be given."""
+    """One of a conversation. Only text can be given. `refusal` and what follows it: null, as answers have them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_calls: Annotated[list[_Object], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
     def plain(self) -> dict[str, Any]:
         """As `LLM.chat_prompt` takes it."""
         return self.model_dump(exclude_none=True)
-
-
-class PlainText(Strict):
-    type: Literal["text"]
 
 
 class ChatRequest(Sampled):
@@ -121,7 +211,11 @@ class ChatRequest(Sampled):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="None: to the model's length.")
     logprobs: bool | None = False
     top_logprobs: _NumLogprobs | None = Field(None, description="Needs logprobs.")
-    response_format: PlainText | None = None
+    tools: _Tools | None = None
+    tool_choice: _ToolChoice | None = Field(None, description="Left out: auto with tools.")
+    parallel_tool_calls: bool | None = Field(True, description="False: one call at most.")
+    response_format: _ResponseFormat | None = None
+    include_reasoning: bool | None = Field(True, description="False: the thought before the answer is not sent.")
     documents: Annotated[list[dict[str, JsonValue]], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
@@ -188,18 +282,13 @@ REFUSED: Mapping[str, str] = {
     "chat_template": "chat templates are the server's alone",
     "chat_template_kwargs": "chat templates are the server's alone",
     "suffix": "text cannot be put before a suffix with this kind of model",
-    "priority": "requests are served in the order in which they come",
     "modalities": "only text goes in and out",
     "audio": "only text goes in and out",
     "functions": "the older form of tools is not supported",
     "function_call": "the older form of tools is not supported",
-    "tools": "tool calls are not supported here",
-    "tool_choice": "tool calls are not supported here",
-    "parallel_tool_calls": "tool calls are not supported here",
     "store": "nothing is stored",
-    "guided_json": "constrained decoding is not supported here",
-    "guided_regex": "constrained decoding is not supported here",
-    "guided_choice": "constrained decoding is not supported here",
-    "guided_grammar": "constrained decoding is not supported here",
+    "guided_whitespace_pattern": "between the parts of JSON stands what docs/constrained.md says",
+    "guided_decoding_backend": "there is one",
+    "reasoning_effort": "how long this model thinks cannot be set",
     "use_beam_search": "there is no beam search: best_of computes several answers and gives the likeliest",
 }

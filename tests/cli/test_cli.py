@@ -346,6 +346,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
             *("--all", "--deadline", "--every-layout", "--jobs", "--json", "--pipeline", "--tensor", "--write"),
             *("--write-types", "targets"),
         ],
+        "top": ["--interval", "--key-env", "--once", "url"],
         "schema": [],
         "version": [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,35 @@ def llm(run_config: dict[str, Any]) -> Iterator[LLM]:
 
 @pytest.fixture
 def serve(llm: LLM) -> Iterator[Callable[..., Served]]:
-    """serve(keys=..., hosts=..., ready=True, **limits): a server of its own, closed at the end."""
+    """serve(keys=..., hosts=..., ready=True, formats={...}, **limits): a server of its own, closed at the end."""
     with contextlib.ExitStack() as stack:
 
         def make(
-            *, keys: tuple[ApiKey, ...] = (), hosts: tuple[str, ...] = ("*",), ready: bool = True, **limits: Any
+            *,
+            keys: tuple[ApiKey, ...] = (),
+            hosts: tuple[str, ...] = ("*",),
+            ready: bool = True,
+            formats: dict[str, Any] | None = None,
+            **limits: Any,
         ) -> Served:
-            made = Served(llm if ready else None, ServeLimits(**limits), keys, hosts)
+            made = Served(llm if ready else None, ServeLimits(**limits), keys, hosts, formats)
             stack.callback(made.close)
             return made
 
         yield make
+
+
+@pytest.fixture
+def slow_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of the engine takes 20 ms at least, so that LONG takes seconds on any machine."""
+    executor, pause = llm.gang.executor, threading.Event()
+    collect = executor.collect
+
+    def slowly(timeout_s: float) -> Any:
+        pause.wait(0.02)
+        return collect(timeout_s)
+
+    monkeypatch.setattr(executor, "collect", slowly)
 
 
 @pytest.fixture(scope="module")

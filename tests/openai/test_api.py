@@ -160,4 +160,4 @@ def test_models_health_and_metrics(http: httpx.Client, client: OpenAI) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
     for path in ("/health", "/health/live", "/health/ready", "/health/startup"):
         assert http.get(path).status_code == 200
-    assert b"dist_infer_engine_free_kv_blocks" in http.get("/metrics").content
+    assert b"dist_infer_kv_blocks_free" in http.get("/metrics").content

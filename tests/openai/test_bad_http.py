@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import socket
 from typing import Any
 
@@ -75,10 +76,31 @@ FIELDS: list[tuple[str, Any]] = [
     ("stream", "yes"),
     ("user", "x" * 300),
     ("suffix", "x"),
-    ("priority", 1),
+    ("priority", 1001),
+    ("priority", "high"),
     ("chat_template", "{{ 1 }}"),
     ("tools", [{"type": "function"}]),
-    ("guided_regex", "(a+)+b"),
+    ("guided_regex", ""),
+    ("guided_regex", "("),
+    ("guided_regex", "a(?=b)"),
+    ("guided_regex", "\\"),
+    ("guided_regex", "x" * 70_000),
+    ("guided_choice", []),
+    ("guided_choice", ["a"] * 5000),
+    ("guided_choice", "a"),
+    ("guided_grammar", "start"),
+    ("guided_grammar", "start: start start"),
+    ("guided_json", "{"),
+    ("guided_json", "[]"),
+    ("guided_json", {"type": "text"}),
+    ("guided_json", {"not": {}}),
+    ("guided_json", {"$ref": "http://127.0.0.1:1/schema"}),
+    ("guided_json", {"enum": ["x" * 70_000]}),
+    ("structured_outputs", {}),
+    ("structured_outputs", {"yaml": "x"}),
+    ("structured_outputs", {"json_object": False}),
+    ("guided_decoding_backend", "other"),
+    ("reasoning_effort", "high"),
     ("temprature", 1),
 ]
 MESSAGES: dict[str, Any] = {
@@ -120,7 +142,10 @@ def test_field(http: httpx.Client, name: str, value: Any) -> None:
     """Guards each field: what cannot be done is a 400 that names it."""
     body = {"model": "tiny", "prompt": "x", "max_tokens": 4, name: value}
     answer = http.post(COMPLETIONS, content=json.dumps(body), headers=JSON)
-    assert_error(answer, 400, "max_tokens" if (name, value) == ("prompt", [1] * 1000) else name)
+    found = "max_tokens" if (name, value) == ("prompt", [1] * 1000) else name
+    place = answer.json()["error"]["param"] or ""  # inside of a field, where that says more
+    assert place.partition(".")[0] == found
+    assert_error(answer, 400, place)
 
 
 @pytest.mark.parametrize("messages", MESSAGES.values(), ids=MESSAGES)
@@ -129,14 +154,47 @@ def test_messages(http: httpx.Client, messages: Any) -> None:
     assert_error(http.post(CHAT, json={"messages": messages}), 400, "messages")
 
 
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+DEEP: dict[str, Any] = {}
+for _ in range(200):
+    DEEP = {"items": DEEP}
+CALLED: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+
+
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"continue_final_message": True}, "continue_final_message"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"if": {}}}}},
+            "response_format.json_schema.schema.if",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": DEEP}}},
+            ("response_format.json_schema.schema" + ".items" * 33)[:197] + "...",
+        ),
+        ({"tools": [FUNCTION] * 200}, "tools"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools[1].function.name"),
+        ({"tools": [FUNCTION]}, "tools"),  # this model has no way to write a call
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "perhaps"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"include_reasoning": 1}, "include_reasoning"),
+        ({"functions": []}, "functions"),
+        (
+            {"messages": [*USER, {"role": "assistant", "tool_calls": [CALLED]}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ({"messages": [*USER, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALLED]}]}, "messages[0].tool_calls"),
     ],
 )
 def test_chat_fields(http: httpx.Client, extra: dict[str, Any], param: str) -> None:
@@ -170,7 +228,7 @@ def test_large_body(http: httpx.Client) -> None:
 
 def test_routes(http: httpx.Client) -> None:
     """Guards 404 and 405 against another shape, and the framework's own pages against being there."""
-    for path in ("/", "/docs", "/redoc", "/v1", "/v1/", "/v1/completions/", "/x\u00e9"):
+    for path in ("/web", "/web/", "/docs", "/redoc", "/v1", "/v1/", "/v1/completions/", "/x\u00e9"):
         assert_error(http.get(path), 404)
     assert_error(http.get("/v1/models/other"), 404, "model")
     answer = http.get(COMPLETIONS)
@@ -211,10 +269,20 @@ RAW: dict[str, tuple[bytes, bytes]] = {
     "crlf in id": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\rb: c\r\n\r\n", b"400"),
     "long header": (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 100_000, b"400"),
     "upgrade": (
-        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
+        b"GET /v1/x HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n",
         b"404",
     ),
     "pipelined": (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 2, b"200"),
+    "a length that is too short": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 3\r\n\r\n"
+        b'{"prompt": "x"}',
+        b"400",
+    ),
+    "100 MB": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 104857600\r\n"
+        b"\r\n{",
+        b"413",
+    ),
     "a million pieces": (
         CHUNKED + b"1\r\n \r\n" * 20_000,
         b"400",
@@ -230,4 +298,55 @@ def test_raw(served: Any, http: httpx.Client, sent: bytes, status: bytes) -> Non
         got = raw.recv(65536)
     assert got.startswith(b"HTTP/1.1 " + status), got
     assert b"application/json" in got
+    assert http.get("/health").status_code == 200
+
+
+def test_a_character_between_two_chunks(http: httpx.Client) -> None:
+    """Guards UTF-8 that is cut by the transport: what comes in as a character never goes out as U+FFFD."""
+    data = json.dumps({"prompt": "na\u00efve \u4f60\u597d", "max_tokens": 0, "echo": True}, ensure_ascii=False).encode()
+    answer = http.post(COMPLETIONS, content=(data[at : at + 1] for at in range(len(data))), headers=JSON)
+    assert answer.json()["choices"][0]["text"] == "na\u00efve \u4f60\u597d"
+
+
+def test_a_regex_that_backtracks_elsewhere(http: httpx.Client) -> None:
+    """Guards `(a+)+b`: no engine of ours backtracks, so it is answered like any other."""
+    body = {"prompt": "x", "max_tokens": 8, "guided_regex": "(a+)+b"}
+    assert set(http.post(COMPLETIONS, json=body).json()["choices"][0]["text"]) <= {"a", "b"}
+
+
+@pytest.mark.parametrize("scheme", ["http", "file", "ftp"])
+def test_nothing_is_fetched(http: httpx.Client, scheme: str) -> None:
+    """Guards rule 6: no URL of a client leads to a connection, in a message or in a schema."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        door.setblocking(False)
+        url = f"{scheme}://127.0.0.1:{door.getsockname()[1]}/x"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        assert_error(http.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]}), 400, "messages")
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": url}}}
+        answer = http.post(CHAT, json={"messages": USER, "response_format": schema})
+        assert_error(answer, 400, "response_format.json_schema.schema.$ref")
+        with pytest.raises(BlockingIOError):
+            door.accept()
+
+
+def test_raw_fuzz(served: Any, http: httpx.Client) -> None:
+    """Guards the connection against bytes nobody thought of: an answer of ours or a closed connection, never a 5xx."""
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n"
+    draw = random.Random(5)
+    for _ in range(150):
+        sent = bytearray(head + body)
+        for _ in range(draw.randint(1, 6)):
+            at = draw.randrange(len(sent))
+            piece = draw.choice(
+                [b"\r\n", b"\x00", b"\xff", b":", b" ", bytes([draw.randrange(256)]), sent[: draw.randrange(40)]]
+            )
+            sent[at : at + draw.choice([0, 1, 4])] = piece
+        with socket.create_connection(("127.0.0.1", served.port), timeout=10) as raw:
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            got = b""
+            while piece := raw.recv(65536):
+                got += piece
+        assert got[:10] in (b"", b"HTTP/1.1 4", b"HTTP/1.1 2"), bytes(sent)
     assert http.get("/health").status_code == 200

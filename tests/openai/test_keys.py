@@ -13,7 +13,7 @@ import pytest
 from dist_infer.errors import ConfigError
 from dist_infer.openai.errors import ApiError
 from dist_infer.openai.guard import OPEN_PATHS
-from dist_infer.openai.keys import ApiKey, KeyRing, load_keys
+from dist_infer.openai.keys import ApiKey, KeyRing, load_keys, priority_of
 
 KEY = "sk-0123456789abcdef"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -95,12 +95,45 @@ def test_load_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("floor", "asked", "found"),
+    [(None, None, 0), (None, -7, -7), (5, None, 5), (5, 5, 5), (5, 9, 9), (-5, None, -5), (-5, 3, 3), (5, 4, None)],
+)
+def test_priority_of_a_key(floor: int | None, asked: int | None, found: int | None) -> None:
+    """Guards the floor: a key's requests have its priority, and may ask to wait longer, never to be sooner."""
+    key = ApiKey(name="a", sha256=HASH, priority=floor)
+    if found is None:
+        with pytest.raises(ApiError, match="5 or more") as refused:
+            priority_of(key, asked)
+        assert (refused.value.status, refused.value.param) == (400, "priority")
+    else:
+        assert priority_of(key, asked) == found
+    assert priority_of(None, asked) == (asked or 0)
+
+
+def test_priority_over_http(serve: Callable[..., Any]) -> None:
+    """Guards the way from the key to the request, on both routes."""
+    served = serve(keys=(ApiKey(name="batch", sha256=HASH, priority=10),))
+    with httpx.Client(base_url=served.url, headers=RIGHT, timeout=20) as http:
+        for path, body in (
+            ("/v1/completions", {"prompt": "x"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ):
+            answers = [
+                http.post(path, json={**body, "max_tokens": 1, "priority": priority}) for priority in (9, 10, None)
+            ]
+            assert [answer.status_code for answer in answers] == [400, 200, 200]
+            assert answers[0].json()["error"]["param"] == "priority"
+
+
+@pytest.mark.parametrize(
     ("text", "environment", "words"),
     [
         ("", "", "mapping"),
         ("- a", "", "mapping"),
         ("alice: secret", "", "alice"),
         ("alice: {sha256: short}", "", "sha256"),
+        (f"alice: {{sha256: {HASH}, priority: -1001}}", "", "priority"),
+        (f"alice: {{sha256: {HASH}, priority: low}}", "", "priority"),
         (f"alice: {{sha256: {HASH}, rpm: 3}}", "", "rpm"),
         (f"'a b': {{sha256: {HASH}}}", "", "no name"),
         (f"alice: {{sha256: {HASH}}}", f"bob={KEY}", "twice"),

@@ -12,37 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from served_model import assert_idle, wait_until
+from served_model import assert_idle, raw_post, wait_until
 
 from dist_infer import LLM
 from dist_infer.openai.guard import ACCESS_LOG
 
 LONG = {"prompt": "the sea", "max_tokens": 220, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture
-def slow_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step of the engine takes 20 ms at least, so that LONG takes seconds on any machine."""
-    executor, pause = llm.gang.executor, threading.Event()
-    collect = executor.collect
-
-    def slowly(timeout_s: float) -> Any:
-        pause.wait(0.02)
-        return collect(timeout_s)
-
-    monkeypatch.setattr(executor, "collect", slowly)
-
-
-def raw_post(port: int, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
-    """A connection on which a request has been sent and nothing was read."""
-    data = json.dumps(body).encode()
-    found = socket.socket()
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    found.settimeout(10)
-    found.connect(("127.0.0.1", port))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    found.sendall(head.encode() + data)
-    return found
 
 
 def closed_after(found: socket.socket) -> bytes:
@@ -215,12 +190,13 @@ def test_drain(serve: Callable[..., Any], llm: LLM) -> None:
 
 
 @pytest.mark.usefixtures("slow_steps")
-def test_drain_that_ends_early(serve: Callable[..., Any], llm: LLM) -> None:
-    """T29: a generation longer than the drain ends with an explicit error."""
+@pytest.mark.parametrize("drain_s", [0.0, 0.3])
+def test_drain_that_ends_early(serve: Callable[..., Any], llm: LLM, drain_s: float) -> None:
+    """T29: a generation longer than the drain, and any with a drain of 0, ends with an explicit error."""
     served = serve()
     with raw_post(served.port, {**LONG, "stream": True, "n": 4}) as raw:
         assert raw.recv(1024).startswith(b"HTTP/1.1 200")
-        assert served.run(served.service.drain(0)) is False
+        assert served.run(served.service.drain(drain_s)) is False
         wait_until(lambda: served.service.num_open == 0)
         got = b""
         while b"[DONE]" not in got:

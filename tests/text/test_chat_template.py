@@ -297,6 +297,8 @@ def test_it_sees_none_of_this_processs_secrets(monkeypatch: pytest.MonkeyPatch) 
 
 def test_parts_of_text_are_joined_and_nones_left_out() -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    (call,) = make_conversation([{"role": "assistant", "content": None, "tool_calls": [CALL]}]).messages
+    assert call == {"role": "assistant", "content": None, "tool_calls": [CALL]}  # some templates ask whether it is none
     made = make_conversation([{"role": "user", "content": parts, "name": None}])
     assert made.messages == [{"role": "user", "content": "a b"}]
     assert (made.tools, made.documents) == (None, None)

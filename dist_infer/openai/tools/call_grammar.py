@@ -17,6 +17,7 @@ from dist_infer.openai.tools.formats import ToolFormat
 from dist_infer.openai.tools.reasoning import Reasoning
 from dist_infer.openai.tools.requested import Tool, ToolChoice
 from dist_infer.openai.tools.response_format import GrammarText
+from dist_infer.openai.tools.thought_grammar import marker, thought_rules
 
 MAX_CALLS = 16
 # One space where Python's json.dumps puts one, and none elsewhere: free space is where a weak model never ends.
@@ -63,7 +64,11 @@ class _Writer:
             schema = tool.parameters if is_forced or tool.strict else {"type": "object"}
             self._rules.append(f"args_{index}: %json {_json({**schema, 'x-guidance': _SPACING})}")
         answer = self._calls(tools, parallel) if is_forced else self._optional(tools, parallel)
-        start = f"{self._thought()} {answer}" if self._reasoning else answer
+        start = answer
+        if self._reasoning:
+            thought, rules = thought_rules(self._reasoning, self._special)
+            start = f"{thought} {answer}"
+            self._rules += rules
         return "\n".join([f"start: {start}", *self._rules, ""])
 
     def _calls(self, tools: Sequence[Tool], parallel: bool, *, is_open: bool = False) -> str:
@@ -115,30 +120,18 @@ class _Writer:
             self._rules.append("free: /[^{](?s:.*)/")
             return f"(free | {self._calls(tools, parallel)})?"
         self._rules.append("text: /(?s:.*)/")
-        marker = _first_marker(self._name)
-        if marker in self._special:  # which no text can hold
+        first = _first_marker(self._name)
+        if first in self._special:  # which no text can hold
             return f"text ({self._calls(tools, parallel)})?"
         # A lazy rule ends with the first marker, so `text` never gets to hold one.
-        self._rules.append(f"head[suffix={_text(marker)}]: /(?s:.*)/")
+        self._rules.append(f"head[suffix={_text(first)}]: /(?s:.*)/")
         if self._frame()[0]:
             return f"(head {self._calls(tools, parallel, is_open=True)})? text"
         self._alternatives("opened", tools, is_open=True)
         return f"(head opened){{0,{MAX_CALLS if parallel else 1}}} text"
 
-    def _thought(self) -> str:
-        tags = self._reasoning or Reasoning()
-        begin = "" if tags.has_started else f"({self._marker(tags.open)}) "
-        if tags.close in self._special:
-            self._rules.append("thought: /(?s:.*)/")
-            whole = f"{begin}thought {self._marker(tags.close)}"
-        else:
-            self._rules.append(f"thought[suffix={_text(tags.close)}]: /(?s:.*)/")
-            whole = f"{begin}thought"
-        self._rules.append(r"gap: /[\r\n]{0,4}/")
-        return f"{whole} gap" if tags.has_started else f"({whole} gap)?"
-
     def _marker(self, text: str) -> str:
-        return f"<[{self._special[text]}]>" if text in self._special else _text(text)
+        return marker(text, self._special)
 
 
 def _first_marker(name: str) -> str:

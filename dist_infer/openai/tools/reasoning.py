@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from dist_infer.openai.tools.sink import SPACE, Sink
 
@@ -17,20 +18,21 @@ class Reasoning:
     has_started: bool = False
 
 
-_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+ReasoningName: TypeAlias = Literal["think", "mistral"]
+TAGS: dict[str, tuple[str, str]] = {"think": ("<think>", "</think>"), "mistral": ("[THINK]", "[/THINK]")}
 
 
-def detect_reasoning(template: str, prompt: str) -> Reasoning | None:
-    """The tags that the chat template names, and whether this rendered prompt ends inside a thought.
+def detect_reasoning(template: str, prompt: str, name: ReasoningName | None = None) -> Reasoning | None:
+    """The tags that the chat template names (or those of this `name`), and whether this prompt ends inside a thought.
 
     None for a model whose template knows no thought, and for a prompt that ends with a closed, empty one: the client
     or the template has switched thinking off.
     """
     end = prompt.rstrip(SPACE)
-    for begin, close in _TAGS:
+    for begin, close in TAGS.values() if name is None else (TAGS[name],):
         if end.endswith(begin):
             return Reasoning(open=begin, close=close, has_started=True)
-        if close in template and not end.endswith(close):
+        if (name is not None or close in template) and not end.endswith(close):
             return Reasoning(open=begin, close=close)
     return None
 
