@@ -17,6 +17,7 @@ from dist_infer.config import RunConfig
 from dist_infer.location import resolve_model
 from dist_infer.messages import WorkerReport
 from dist_infer.model.stored import stored_encodings
+from dist_infer.openmp import release_pool
 from dist_infer.worker.setup import StoreLocation, store_key
 from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
 from partition.encoding import DEFAULT_GROUP_SIZE, EncodingChoice
@@ -262,6 +263,7 @@ class Gang:
                 # what is read once need not be read by the best reader
                 reader="threads" if config.offload.reader == "auto" and not streams else config.offload.reader,
             )
+            release_pool()  # this thread has packed and measured; another one of this process may compute
             self.facts = facts
             self.plan = plan_run(config, self.model, facts, footprint)
             self.step_timeout_s = _step_timeout(config, self.plan)

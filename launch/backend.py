@@ -82,6 +82,7 @@ class RayBackend:
         embedded = self._config.address is None
         if embedded:  # an existing cluster has its own rule, which Ray finds out from the user's environment and token
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # by default 15: ranks would wait for whatever else runs
             if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
         import ray

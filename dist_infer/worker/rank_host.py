@@ -12,6 +12,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport
+from dist_infer.openmp import release_pool
 from dist_infer.worker import collectives
 from dist_infer.worker.pass_log import PassLog
 from dist_infer.worker.setup import WorkerSetup
@@ -75,6 +76,7 @@ class RankHost:
             before = done_before
             stage.load(lambda done, _total, before=before: progress(before + done, total))  # type: ignore[misc]
             done_before += _num_resident(stage)
+        release_pool()  # where steps run on another thread
         rss = psutil.Process().memory_info().rss
         return tuple(stage.worker_report(socket.gethostname(), os.getpid(), rss) for stage in self._stages)
 
