@@ -41,7 +41,7 @@ def main() -> None:
         readers=("threads",) * len(plan.budgets),
         plan=plan,
         config_json=json.dumps(model.index.config),
-        store=store,
+        stores=dict.fromkeys(range(len(plan.budgets)), store),
         verify="first",
         step_timeout_s=60,
     )

@@ -6,7 +6,7 @@ nothing in this package knows Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Literal, Protocol
 from dist_infer.config import ClusterConfig
 from dist_infer.config_types import ReaderKind
 from dist_infer.engine.executor import Executor
+from dist_infer.gang_state import Step
+from dist_infer.node_store import NodeStore, PackHere, PackOrder, PackProgress
 from dist_infer.worker.setup import StoreLocation, WorkerSetup
 from offload.machine import cores
 from partition.errors import ConfigError
 from partition.hardware import HardwareFacts
 from partition.plan import Plan, plan_to_json
 
-LoadProgress = Callable[[int, int], None]
+OnStep = Callable[[Step], None]
 ENTRY_POINTS = "dist_infer.executors"
 # Resident memory of a process with torch and transformers loaded and nothing of ours allocated, measured with
 # benchmarks/footprint.py; the planner keeps it out of the budgets.
@@ -38,28 +40,30 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
-    """What all ranks of a run have in common; `setup` adds what differs. `readers`: by node, what reads the store."""
+    """What all ranks of a run have in common; `setup` adds what differs. By node: its store, and what reads that."""
 
     plan: Plan
     config_json: str
-    store: StoreLocation
+    stores: Mapping[int, StoreLocation]
     verify: Literal["first", "always", "never"]
     readers: tuple[str, ...]
     step_timeout_s: float
     timeline: bool = False
+    epoch: int = 0
 
     def setup(self, ranks: tuple[int, ...], devices: tuple[str, ...], threads: int) -> WorkerSetup:
         return WorkerSetup(
             plan_json=plan_to_json(self.plan),
             config_json=self.config_json,
             ranks=ranks,
-            store=self.store,
+            store=self.stores[self.plan.ranks[ranks[0]].node],
             devices=devices,
             verify=self.verify,
             reader=self.readers[self.plan.ranks[ranks[0]].node],
             threads=threads,
             step_timeout_s=self.step_timeout_s,
             timeline=self.timeline,
+            epoch=self.epoch,
         )
 
 
@@ -67,15 +71,34 @@ class Backend(Protocol):
     """A kind of cluster. Made from the cluster section; `close` releases what it started, on every path."""
 
     def facts(
-        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+        self,
+        *,
+        with_devices: bool,
+        sample: Mapping[int, Path] | None,
+        dtype: str | None,
+        reader: ReaderKind = "threads",
     ) -> HardwareFacts:
-        """What the nodes have. sample, dtype: measure the store's disk (with `reader`) and the compute rate instead of
-        assuming."""
+        """What the nodes have. sample (a large file of the store, by node), dtype: measure the store's disk (with
+        `reader`) and the compute rate instead of assuming."""
+        ...
+
+    def pack(self, order: PackOrder, here: PackHere, progress: PackProgress) -> Mapping[int, NodeStore]:
+        """Each node of the order gets its own units into its own store. here: does so on this machine.
+
+        Raises the tree's errors with the node that failed.
+        """
         ...
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint: ...
 
-    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor: ...
+    def executor(self, spec: RankSpec, on_step: OnStep) -> Executor: ...
+
+    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
+        """The names of the plan's nodes that are gone or silent; facts asked for after this are of others.
+
+        plan: of the last facts; without lost nodes it still fits. Raises ClusterError when the cluster does not answer.
+        """
+        ...
 
     def computes_here(self, plan: Plan) -> bool:
         """Whether this plan's ranks live in the coordinator's process."""
@@ -91,19 +114,27 @@ class LocalBackend:
         self._config = config
 
     def facts(
-        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+        self,
+        *,
+        with_devices: bool,
+        sample: Mapping[int, Path] | None,
+        dtype: str | None,
+        reader: ReaderKind = "threads",
     ) -> HardwareFacts:
         from dist_infer.machine import machine_facts
 
-        found = machine_facts(with_devices=with_devices, sample=sample, dtype=dtype, reader=reader)
+        found = machine_facts(with_devices=with_devices, sample=(sample or {}).get(0), dtype=dtype, reader=reader)
         return HardwareFacts(nodes=(found,))
+
+    def pack(self, order: PackOrder, here: PackHere, progress: PackProgress) -> Mapping[int, NodeStore]:
+        return {0: here(order.units[0])}
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
         """One process for the coordinator; with tensor > 1 one more per tensor rank, shared by its stages."""
         rank_bytes = PROCESS_FOOTPRINT_BYTES // pipeline if tensor > 1 else 0
         return Footprint(rank_bytes=rank_bytes, launcher_bytes=PROCESS_FOOTPRINT_BYTES)
 
-    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor:
+    def executor(self, spec: RankSpec, on_step: OnStep) -> Executor:
         from dist_infer.worker.local_executor import InProcessExecutor, SpawnedExecutor
 
         plan, timeout = spec.plan, self._config.start_timeout
@@ -112,12 +143,20 @@ class LocalBackend:
         if plan.tensor == 1:
             ranks = tuple(range(plan.pipeline))
             setup = spec.setup(ranks, _devices(plan, ranks), threads)
-            return InProcessExecutor(setup, start_timeout_s=timeout, progress=progress)
+            return InProcessExecutor(setup, start_timeout_s=timeout, on_step=on_step)
         setups = []
         for tp_rank in range(plan.tensor):
             ranks = tuple(stage * plan.tensor + tp_rank for stage in range(plan.pipeline))
             setups.append(spec.setup(ranks, _devices(plan, ranks), threads))
-        return SpawnedExecutor(setups, start_timeout_s=timeout, progress=progress)
+        return SpawnedExecutor(
+            setups,
+            start_timeout_s=timeout,
+            heartbeat_timeout_s=self._config.heartbeat_timeout,
+            on_step=on_step,
+        )
+
+    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def computes_here(self, plan: Plan) -> bool:
         return plan.tensor == 1

@@ -141,11 +141,44 @@ class ClusterConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where a GPU is found.")
     start_timeout: Seconds = Field(300.0, description="From starting the workers to all of them ready.")
+    heartbeat_timeout: Seconds = Field(
+        5.0,
+        description="A rank that has not answered for so long whether it is there is lost. It is asked every second, "
+        "also in the middle of a pass.",
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description="How often, within restart_window, ranks that were lost are replaced by others. Requests wait "
+        "meanwhile and go on from where they were; after that each ends with an error. 0: never.",
+    )
+    restart_window: Seconds = Field(600.0, description="The time over which max_restarts are counted.")
+    interface: str | None = Field(
+        None,
+        min_length=1,
+        description="What the ranks talk to each other through: a network interface (`eth1`) or, where nodes name "
+        "theirs differently, a network (`10.1.0.0/16`). none: the interface by which rank 0's node is reached. Only "
+        "with executor ray.",
+    )
+    node_labels: dict[str, str] = Field(
+        {},
+        description="Ray labels, `{zone: a}`: only nodes that have all of them take part. Only with address.",
+    )
+    node_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Ray resources, `{llm: 1}`, that each rank takes beside its CPU or GPU: only nodes that have them "
+        "take part, and as many ranks as they have them for. Only with address.",
+    )
 
     @model_validator(mode="after")
     def _address_needs_ray(self) -> ClusterConfig:
         if self.address is not None and self.executor != "ray":
             raise ValueError("cluster.address needs cluster.executor: ray")
+        if self.interface is not None and self.executor != "ray":
+            raise ValueError("cluster.interface needs cluster.executor: ray; a local run stays on loopback")
+        if (self.node_labels or self.node_resources) and self.address is None:
+            raise ValueError("cluster.node_labels and .node_resources choose nodes of a cluster: set cluster.address")
+        if {"CPU", "GPU"} & self.node_resources.keys():
+            raise ValueError("cluster.node_resources: each rank takes its CPU or GPU anyway; name other resources")
         return self
 
 

@@ -17,15 +17,19 @@ from dist_infer.chat_messages import Conversation, Documents, Messages, Tools, m
 from dist_infer.chat_template import TemplateRenderer
 from dist_infer.config import RunConfig, load_config
 from dist_infer.engine.loop import EngineLoop
-from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
+from dist_infer.engine.scheduler import Scheduler
 from dist_infer.engine.stats import EngineStats
+from dist_infer.gang import Gang
+from dist_infer.gang_state import Failed as GangFailed
+from dist_infer.gang_state import GangState, WarmingUp
 from dist_infer.grammar import Grammar
 from dist_infer.grammar_checker import GrammarChecker
 from dist_infer.messages import StreamReport, TimelineReport, WorkerReport
 from dist_infer.outputs import Event, Failed, Finished, RequestOutput, TokenEvent
 from dist_infer.sampling_params import SamplingParams
-from dist_infer.startup import Gang, OnProgress, Progress
+from dist_infer.startup import OnProgress, Progress, progress_of
 from dist_infer.summary import RunSummary, summarise
+from dist_infer.supervisor import Supervisor
 from dist_infer.tokenizer import Tokenizer
 from partition.errors import CheckpointError, ConfigError
 from partition.plan import Plan
@@ -41,7 +45,8 @@ class LLM:
 
     config: path of a run file, a mapping of the same shape, or a RunConfig; its `run` section is not used.
     overrides: `a.b=c` texts. on_progress: called while packing, starting and loading.
-    timeline: record when each unit is read and computed, for `timelines`.
+    timeline: record when each unit is read and computed, for `timelines`; then a rank that is lost, and with it what it
+    has recorded, is an error at once. Otherwise others take its place, as often as cluster.max_restarts allows.
     Raises the tree of dist_infer.errors; what was started until then is ended.
     """
 
@@ -54,8 +59,10 @@ class LLM:
         timeline: bool = False,
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
+        show = on_progress or _silent
         with ExitStack() as stack:
-            self.gang = Gang(run, on_progress or _silent, timeline=timeline)
+            self._supervisor = Supervisor(run.cluster, lambda state: show(progress_of(state)))
+            self.gang = Gang(run, self._supervisor.note, timeline=timeline)
             stack.callback(self.gang.close)
             side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
             # A GGUF's tokenizer takes seconds to convert: meanwhile workers start. Not beside ranks in this process:
@@ -64,22 +71,10 @@ class LLM:
             if self.gang.computes_here:
                 tokenizer.result()
             self.gang.start()
+            self._supervisor.note(WarmingUp())
             self._tokenizer, self._no_tokenizer = tokenizer.result()
             self._renderer = stack.enter_context(TemplateRenderer())
             plan = self.gang.plan
-            scheduler = Scheduler(
-                SchedulerConfig(
-                    num_kv_blocks=self.gang.num_kv_blocks,
-                    block_tokens=plan.block_tokens,
-                    max_batch_tokens=plan.max_batch_tokens,
-                    max_micro_batches=plan.max_micro_batches,
-                    max_requests=plan.max_requests,
-                    max_model_len=plan.max_model_len,
-                    max_steps_in_flight=plan.max_steps_in_flight,
-                    shares_prompts=plan.model.path == "packed",
-                    has_rings=any(plan.ring_rows),
-                )
-            )
             self._grammars = None
             if (known := self._tokenizer) is not None:
                 self._grammars = GrammarChecker(lambda: known.vocabulary(plan.model.vocab_size))
@@ -87,7 +82,7 @@ class LLM:
             eos = self.gang.model.eos_token_ids + (self._tokenizer.eos_token_ids() if self._tokenizer else ())
             self._loop = EngineLoop(
                 executor=self.gang.executor,
-                scheduler=scheduler,
+                scheduler=Scheduler(self.gang.scheduler_config),
                 decode=self._decode,
                 decode_special=self._decode_special if self._tokenizer else None,
                 encode=self._encode_bare if self._tokenizer else None,
@@ -96,8 +91,10 @@ class LLM:
                 vocab_size=plan.model.vocab_size,
                 eos_token_ids=eos,
                 step_timeout_s=self.gang.step_timeout_s,
+                recover=None if timeline else self._supervisor,
             )
             stack.callback(self._loop.close)
+            self._supervisor.look_after(self.gang)
             self._loop.start()
             self._stack = stack.pop_all()
         self._ids = itertools.count()
@@ -105,6 +102,12 @@ class LLM:
     @property
     def plan(self) -> Plan:
         return self.gang.plan
+
+    @property
+    def state(self) -> GangState:
+        """How the ranks stand: ready, being replaced (requests wait), draining or failed."""
+        failure = self._loop.failure
+        return self._supervisor.state if failure is None else GangFailed(cause=str(failure))
 
     @property
     def stats(self) -> EngineStats:
@@ -355,6 +358,7 @@ class LLM:
 
     def close(self) -> None:
         """End running requests, ranks and threads. Idempotent."""
+        self._supervisor.drain()
         self._stack.close()
 
     def __enter__(self) -> LLM:

@@ -83,7 +83,7 @@ def nvidia_devices() -> tuple[DeviceFacts, ...]:
         return ()
     try:
         devices = []
-        for index in _visible(pynvml.nvmlDeviceGetCount()):
+        for index in visible_devices(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             free = pynvml.nvmlDeviceGetMemoryInfo(handle).free
             devices.append(DeviceFacts(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(free)))
@@ -92,7 +92,8 @@ def nvidia_devices() -> tuple[DeviceFacts, ...]:
         pynvml.nvmlShutdown()
 
 
-def _visible(count: int) -> list[int]:
+def visible_devices(count: int) -> list[int]:
+    """Of so many GPUs the numbers of those that this process may use."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return list(range(count))

@@ -101,6 +101,7 @@ class StepPlan:
 
     A unit computes the micro-batches in their order, all of them before it is let go, so a long prompt may be spread
     over several micro-batches of one step. `vocabulary`: in the first step that has a request with a grammar.
+    `epoch`: of the gang that is meant; ranks of another refuse it.
     """
 
     step_id: int
@@ -109,6 +110,7 @@ class StepPlan:
     diffs: tuple[RequestDiff, ...] = ()
     finished: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
+    epoch: int = 0
 
     @property
     def num_tokens(self) -> int:

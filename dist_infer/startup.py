@@ -1,4 +1,4 @@
-"""From a run file to running ranks: config -> headers -> facts -> plan -> packed store -> workers -> engine.
+"""From a run file to what ranks are started from: config -> headers -> facts -> plan -> packed store.
 
 Everything up to the plan works without torch. Each step returns a value; nothing is written back into the config.
 """
@@ -6,18 +6,18 @@ Everything up to the plan works without torch. Each step returns a value; nothin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_infer.backend import Backend, Footprint, RankSpec, make_backend
+from dist_infer.backend import Footprint
 from dist_infer.config import RunConfig
+from dist_infer.gang_state import Loading, Packing, Step, describe
 from dist_infer.location import resolve_model
-from dist_infer.messages import WorkerReport
 from dist_infer.model.stored import stored_encodings
-from dist_infer.openmp import release_pool
+from dist_infer.node_store import NodeStore
 from dist_infer.worker.setup import StoreLocation, store_key
 from partition.checkpoint import CheckpointIndex, check_tensors, open_checkpoint
 from partition.encoding import DEFAULT_GROUP_SIZE, EncodingChoice
@@ -37,7 +37,7 @@ _CONFIG_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a start is: phase "packing", "starting workers" or "loading"; done of total (total 0: unknown)."""
+    """Where a start is: phase "packing", "loading" or others as `describe` has them; done of total (0: unknown)."""
 
     phase: str
     done: int = 0
@@ -46,6 +46,17 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def progress_of(step: Step) -> Progress:
+    """The same for displays."""
+    match step:
+        case Packing():
+            return Progress(phase="packing", done=step.done, total=step.total, detail=step.detail)
+        case Loading():
+            return Progress(phase="loading", done=step.done, total=step.total)
+        case _:
+            return Progress(phase=describe(step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +145,7 @@ def plan_run(config: RunConfig, model: Model, facts: HardwareFacts, footprint: F
 def resolve_device(config: RunConfig, facts: HardwareFacts) -> str:
     device = config.cluster.device
     if device == "auto":
-        return "cuda" if all(node.devices for node in facts.nodes) else "cpu"
+        return "cuda" if all(node.devices for node in facts.nodes if node.max_ranks != 0) else "cpu"
     if device == "cuda" and not any(node.devices for node in facts.nodes):
         raise ConfigError("cluster.device: cuda, but no GPU is found: use cluster.device: cpu or auto")
     return device
@@ -156,8 +167,13 @@ def store_location(config: RunConfig, model: Model) -> StoreLocation:
     return replace(location, directory=str(directory))
 
 
-def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tuple[StoreLocation, PackReport]:
-    """Make the packed store unless it is there. Returns its place and the PackReport (num_written 0: was there)."""
+def pack_model(
+    config: RunConfig, model: Model, on_progress: OnProgress, names: Sequence[str] | None = None
+) -> tuple[StoreLocation, PackReport]:
+    """Make the packed store unless it is there. Returns its place and the PackReport (num_written 0: was there).
+
+    names: of the units that are needed here; None: all.
+    """
     from offload.format import open_store
     from offload.pack import PackProgress, PackReport, pack_store
 
@@ -165,10 +181,11 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
         raise CheckpointError(f"{model.path} has a config.json but no weights: it can be planned, not run")
     location = store_location(config, model)
     tp_ranks = tuple(range(config.parallel.tensor))
-    units = [unit.name for unit in units_of(model.spec)]
+    units = [unit.name for unit in units_of(model.spec) if names is None or unit.name in names]
     with suppress(StoreError):  # the usual case, without the seconds that a source takes to be made
         manifest = open_store(Path(location.directory), store_key(location), units, tp_ranks)
-        return location, PackReport(num_written=0, num_reused=len(manifest.blobs), bytes_written=0, seconds=0.0)
+        num_there = len(manifest.blobs) if names is None else len(units) * len(tp_ranks)
+        return location, PackReport(num_written=0, num_reused=num_there, bytes_written=0, seconds=0.0)
 
     from dist_infer.model.adapter import DTYPES
     from dist_infer.model.source import CheckpointSource
@@ -196,6 +213,38 @@ def pack_model(config: RunConfig, model: Model, on_progress: OnProgress) -> tupl
     directory = Path(location.directory)
     report = pack_store(directory, store_key(location), units, tp_ranks, source, forward, planned_bytes=planned)
     return location, report
+
+
+def pack_units(config: RunConfig, model: Model, names: Sequence[str], on_progress: OnProgress) -> NodeStore:
+    """This machine's part in packing: `pack_model` of these units, as a message."""
+    location, report = pack_model(config, model, on_progress, names)
+    found = find_units(config, model, names)
+    if found is None:
+        raise StoreError(f"{location.directory} was changed while it was packed: see who else writes there")
+    return replace(
+        found,
+        num_written=report.num_written,
+        num_reused=report.num_reused,
+        bytes_written=report.bytes_written,
+        seconds=report.seconds,
+    )
+
+
+def find_units(config: RunConfig, model: Model, names: Sequence[str]) -> NodeStore | None:
+    """What this machine's store has of these units, if it has all of them; reads no weights."""
+    from offload.format import open_store
+
+    location = store_location(config, model)
+    directory = Path(location.directory)
+    try:
+        manifest = open_store(directory, store_key(location), names, range(config.parallel.tensor))
+    except StoreError:
+        return None
+    blobs = [blob for blob in manifest.blobs if blob.unit in names]
+    sample = directory / max(blobs, key=lambda blob: blob.length).file
+    return NodeStore(
+        location=location, sample=str(sample), num_written=0, num_reused=len(blobs), bytes_written=0, seconds=0.0
+    )
 
 
 def _label(config: RunConfig, path: Path) -> str:
@@ -236,77 +285,3 @@ def _eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _number(value: int | str) -> int | None:
     return None if isinstance(value, str) else value
-
-
-class Gang:
-    """The ranks of one plan: planned and packed by the constructor, running after `start`.
-
-    Owns backend and executor; `close` ends both. timeline: the ranks record what `executor.timelines` gives.
-    """
-
-    def __init__(self, config: RunConfig, on_progress: OnProgress, *, timeline: bool = False) -> None:
-        with ExitStack() as stack:
-            self.model = open_model(config)
-            self._backend: Backend = make_backend(config.cluster, config.name)
-            stack.callback(self._backend.close)
-            footprint = self._backend.footprint(config.parallel.tensor, config.parallel.pipeline)
-            with_devices = config.cluster.device != "cpu"
-            # A misfit must end before anything is packed or started, so plan with assumed rates first.
-            facts = self._backend.facts(with_devices=with_devices, sample=None, dtype=None)
-            rough = plan_run(config, self.model, facts, footprint)
-            store, self.pack_report = pack_model(config, self.model, on_progress)
-            streams = any(rank.bytes_in("nvme") for rank in rough.ranks)
-            facts = self._backend.facts(
-                with_devices=with_devices,
-                sample=_largest_file(Path(store.directory)),
-                dtype=self.model.dtype,
-                # what is read once need not be read by the best reader
-                reader="threads" if config.offload.reader == "auto" and not streams else config.offload.reader,
-            )
-            release_pool()  # this thread has packed and measured; another one of this process may compute
-            self.facts = facts
-            self.plan = plan_run(config, self.model, facts, footprint)
-            self.step_timeout_s = _step_timeout(config, self.plan)
-            spec = RankSpec(
-                plan=self.plan,
-                config_json=json.dumps(dict(self.model.index.config)),
-                store=store,
-                verify=config.offload.verify,
-                readers=tuple(node.reader for node in facts.nodes),
-                step_timeout_s=self.step_timeout_s,
-                timeline=timeline,
-            )
-            self.executor = self._backend.executor(
-                spec, lambda done, total: on_progress(Progress(phase="loading", done=done, total=total))
-            )
-            stack.callback(self.executor.close)
-            self._on_progress = on_progress
-            self._stack = stack.pop_all()
-        self.reports: tuple[WorkerReport, ...] = ()
-
-    def start(self) -> None:
-        """Bring the ranks up and load them. The caller closes the gang when this raises."""
-        self._on_progress(Progress(phase="starting workers"))
-        self.reports = self.executor.start()
-
-    @property
-    def computes_here(self) -> bool:
-        """Whether the ranks live in this process."""
-        return self._backend.computes_here(self.plan)
-
-    @property
-    def num_kv_blocks(self) -> int:
-        return min(report.num_kv_blocks for report in self.reports)
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-def _largest_file(directory: Path) -> Path:
-    return max(directory.glob("*.bin"), key=lambda path: path.stat().st_size)
-
-
-def _step_timeout(config: RunConfig, plan: Plan) -> float:
-    if config.engine.step_timeout != "auto":
-        return float(config.engine.step_timeout)
-    return max(30.0, 10.0 * plan.prediction.seconds_per_pass * plan.max_micro_batches)

@@ -98,7 +98,9 @@ def summarise(
 
 
 def difference(start: StreamReport, end: StreamReport) -> StreamReport:
-    """What one rank did between two of its cumulative reports."""
+    """What one rank did between two of its cumulative reports; of one that was replaced in between, since it began."""
+    if end.num_passes < start.num_passes or end.busy_s < start.busy_s:
+        start = StreamReport(end.rank, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0)
     return StreamReport(
         rank=end.rank,
         num_passes=end.num_passes - start.num_passes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from dist_infer.interface import own_address
 from dist_infer.messages import StepPlan, decode, encode
 from dist_infer.worker.setup import WorkerSetup
 from launch.root_guard import check_one_root
@@ -17,15 +18,17 @@ if TYPE_CHECKING:  # it imports torch and transformers, which the driver need no
     from dist_infer.worker.rank_host import RankHost
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=1, concurrency_groups={"control": 1})
+@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=1, concurrency_groups={"control": 1, "heart": 1})
 class RankActor:
     """One rank. Methods of the default group run one at a time, in the order of their calls."""
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: bytes, interface: str | None, first_line: str) -> None:
         check_one_root()
+        print(first_line, flush=True)  # by it `dist-infer logs` finds this rank's file
         from dist_infer.worker.rank_host import RankHost
 
         self._host: RankHost = RankHost(decode(WorkerSetup, setup))
+        self._interface = interface  # cluster.interface
         self._progress = (0, 0)
 
     def whoami(self) -> tuple[str, int, str]:
@@ -33,11 +36,11 @@ class RankActor:
         return socket.gethostname(), os.getpid(), ray.util.get_node_ip_address()
 
     def bind(self) -> tuple[str, int]:
-        host = ray.util.get_node_ip_address()
+        host = own_address(self._interface, towards=ray.util.get_node_ip_address())
         return host, self._host.bind(host)
 
     def connect(self, host: str, port: int) -> None:
-        self._host.connect(host, port, ray.util.get_node_ip_address())
+        self._host.connect(host, port, own_address(self._interface, towards=host))
 
     def load(self) -> bytes:
         def note(done: int, total: int) -> None:
@@ -52,6 +55,10 @@ class RankActor:
             traceback.print_exc()  # the rank's own log keeps the whole trace
             raise
         return b"" if result is None else encode(result)
+
+    @ray.method(concurrency_group="heart")  # type: ignore[untyped-decorator]
+    def beat(self) -> None:
+        """That the process is there; also while a pass is under way."""
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def progress(self) -> tuple[int, int]:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, LoadProgress, RankSpec
+from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, Footprint, OnStep, RankSpec
 from dist_infer.config import ClusterConfig
 from dist_infer.config_types import ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.messages import decode, encode
+from dist_infer.node_store import NodeStore, PackHere, PackOrder, PackProgress
+from launch.ray_start import own_machine
 from launch.root_guard import check_one_root
+from launch.runs.mark import run_label
 from partition.errors import ClusterError
 from partition.hardware import HardwareFacts, NodeFacts
 from partition.plan import Plan
+
+if TYPE_CHECKING:
+    from launch.nodes import ClusterNode
 
 # Resident memory of Ray's own processes on a node (GCS, raylet, agents), measured with benchmarks/footprint.py.
 RAY_FOOTPRINT_BYTES = 400 << 20
@@ -34,33 +42,64 @@ class RayBackend:
         check_one_root()
         self._config, self._name = config, name
         self._started = False
-        self._node_addresses: tuple[str, ...] = ()
+        self._nodes: tuple[ClusterNode, ...] = ()
+        self._shunned: frozenset[str] = frozenset()  # nodes that Ray still has, but that do not answer
 
     def facts(
-        self, *, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind = "threads"
+        self,
+        *,
+        with_devices: bool,
+        sample: Mapping[int, Path] | None,
+        dtype: str | None,
+        reader: ReaderKind = "threads",
     ) -> HardwareFacts:
+        """Without a sample the nodes are looked up anew: numbers of nodes are those of the last such call."""
         from dist_infer.machine import machine_facts
 
         if self._config.address is None:
-            found = machine_facts(with_devices=with_devices, sample=sample, dtype=dtype, reader=reader)
+            found = machine_facts(with_devices=with_devices, sample=(sample or {}).get(0), dtype=dtype, reader=reader)
             return HardwareFacts(nodes=(found,))
         self.start(world_size=0)
-        return self._cluster_facts(with_devices, sample, dtype, reader)
+        if sample is None:
+            self._look_up_nodes()
+        return self._cluster_facts(with_devices, sample or {}, dtype, reader)
+
+    def pack(self, order: PackOrder, here: PackHere, progress: PackProgress) -> Mapping[int, NodeStore]:
+        if self._config.address is None:
+            return {0: here(order.units[0])}
+        (first, *others) = order.units
+        if not others and self._nodes[first].is_here:
+            return {first: here(order.units[first])}  # a process less
+        from launch.packing import pack_on_nodes
+
+        return pack_on_nodes(order, self._nodes, progress, silence_s=self._config.start_timeout)
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
         launcher = PROCESS_FOOTPRINT_BYTES + RAY_FOOTPRINT_BYTES + _OBJECT_STORE_BYTES
         return Footprint(rank_bytes=PROCESS_FOOTPRINT_BYTES, launcher_bytes=launcher)
 
-    def executor(self, spec: RankSpec, progress: LoadProgress) -> Executor:
+    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
+        if self._config.address is None:
+            return ()  # its one node is this one
+        from launch.lost_nodes import find_lost
+
+        lost = find_lost([self._nodes[index] for index in sorted({rank.node for rank in plan.ranks})])
+        self._shunned = frozenset(node.id for node in lost)
+        return tuple(f"{node.host} ({node.address})" for node in lost)
+
+    def executor(self, spec: RankSpec, on_step: OnStep) -> Executor:
         self.start(world_size=len(spec.plan.ranks))
         from launch.executor import RayExecutor
 
         return RayExecutor(
             spec,
-            name=self._name,
-            node_addresses=self._node_addresses,
+            name=run_label(self._name),
+            nodes=self._nodes,
             start_timeout_s=self._config.start_timeout,
-            progress=progress,
+            heartbeat_timeout_s=self._config.heartbeat_timeout,
+            on_step=on_step,
+            node_resources=self._config.node_resources,
+            interface=self._config.interface,
         )
 
     def computes_here(self, plan: Plan) -> bool:
@@ -76,7 +115,7 @@ class RayBackend:
 
     def start(self, world_size: int) -> None:
         """Connect, or start the embedded Ray with room for so many ranks. Once; later calls do nothing."""
-        if self._node_addresses:
+        if self._nodes:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         embedded = self._config.address is None
@@ -110,40 +149,53 @@ class RayBackend:
         self._started = not already
         try:
             if not already:
-                ray.init(**options)
+                with own_machine(only=embedded):
+                    ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
             raise ClusterError(f"could not reach or start {where}: {error}") from error
-        self._node_addresses = tuple(sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]))
+        self._look_up_nodes()
+
+    def _look_up_nodes(self) -> None:
+        from launch.nodes import cluster_nodes
+
+        self._nodes = tuple(node for node in cluster_nodes(self._config) if node.id not in self._shunned)
 
     def _cluster_facts(
-        self, with_devices: bool, sample: Path | None, dtype: str | None, reader: ReaderKind
+        self, with_devices: bool, sample: Mapping[int, Path], dtype: str | None, reader: ReaderKind
     ) -> HardwareFacts:
         """Each node measures itself, in a task pinned to it."""
         import ray
         from ray.exceptions import RayError
 
-        refs = [
-            _node_facts(address).remote(with_devices, None if sample is None else str(sample), dtype, reader)
-            for address in self._node_addresses
-        ]
+        refs = []
+        for index, node in enumerate(self._nodes):
+            path = str(sample[index]) if index in sample else None
+            # of a node without ranks nothing is measured
+            kind = dtype if path is not None or not sample else None
+            refs.append(_node_facts(node).remote(with_devices, node.num_gpus, path, kind, reader))
         try:
             found: list[bytes] = ray.get(refs, timeout=_FACTS_TIMEOUT_S)
         except RayError as error:
             raise ClusterError(f"could not read the facts of the cluster's nodes: {error}") from error
-        return HardwareFacts(nodes=tuple(decode(NodeFacts, data) for data in found))
+        facts = [decode(NodeFacts, data) for data in found]
+        limited = [replace(own, max_ranks=node.max_ranks) for own, node in zip(facts, self._nodes, strict=True)]
+        return HardwareFacts(nodes=tuple(limited))
 
 
-def _node_facts(address: str) -> Any:
+def _node_facts(node: ClusterNode) -> Any:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def read(with_devices: bool, sample: str | None, dtype: str | None, reader: ReaderKind) -> bytes:
+    def read(with_devices: bool, num_gpus: int, sample: str | None, dtype: str | None, reader: ReaderKind) -> bytes:
         check_one_root()
         from dist_infer.machine import machine_facts
 
-        there = sample is not None and Path(sample).exists()
-        path = Path(str(sample)) if there else None
-        found = machine_facts(with_devices=with_devices, sample=path, dtype=dtype, reader=reader)
-        return encode(found)
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides them all from a task that takes none
+        path = None if sample is None else Path(sample)
+        found = machine_facts(with_devices=with_devices and num_gpus > 0, sample=path, dtype=dtype, reader=reader)
+        return encode(replace(found, devices=found.devices[:num_gpus]))
 
-    return ray.remote(num_cpus=0, resources={f"node:{address}": 0.001})(read)
+    pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=pinned)(read)

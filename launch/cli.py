@@ -19,9 +19,13 @@ from dist_infer.prompts_file import read_prompts
 from dist_infer.serve_config import ServeConfig
 from launch import bench
 from launch.check_arch import check_arch
+from launch.doctor.command import doctor
 from launch.interrupt import EXIT_CODE, end_on_interrupt
 from launch.options import File, Json, Set
 from launch.root_guard import check_one_root
+from launch.runs.announce import Announcer
+from launch.runs.commands import down, drain, logs, run_detached, status
+from launch.runs.run import Run
 from launch.top import top
 from partition.errors import ConfigError, DistInferError
 
@@ -42,20 +46,44 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.command(name="check-arch")(check_arch)
 app.command()(top)
+app.command()(doctor)
+
+
+app.command()(status)
+app.command()(logs)
+app.command()(drain)
+app.command()(down)
 
 
 @app.command()
-def launch(file: File, overrides: Set = None, as_json: Json = False) -> None:
+def launch(
+    file: File,
+    overrides: Set = None,
+    as_json: Json = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when it is ready, and leave it running: see status, logs, down.")
+    ] = False,
+    no_preflight: Annotated[
+        bool, typer.Option("--no-preflight", help="Start without looking first for what could stop it.")
+    ] = False,
+) -> None:
     """Do what the file's `run:` section says."""
-    config = load_config(file, overrides or [])
-    if config.run is None:
-        raise ConfigError(f"{file} has no `run:` section: add e.g. `run: {{kind: generate, prompts: [...]}}`")
-    if isinstance(config.run, ServeConfig):
-        from launch.serve import serve_until_signal
+    with Announcer.from_environment() as announcer:
+        config = load_config(file, overrides or [])
+        if config.run is None:
+            raise ConfigError(f"{file} has no `run:` section: add e.g. `run: {{kind: generate, prompts: [...]}}`")
+        if detach and not announcer.is_detached:
+            run_detached(config.name, as_json=as_json)
+            return
+        with Run(config, file, announcer) as entry:
+            if not no_preflight:
+                _preflight(config)
+            if isinstance(config.run, ServeConfig):
+                from launch.serve import serve_until_signal
 
-        serve_until_signal(config, config.run)
-        return
-    _generate(config, config.run, as_json)
+                serve_until_signal(config, config.run, entry)
+                return
+            _generate(config, config.run, as_json and not detach, entry)
 
 
 @app.command()
@@ -178,9 +206,21 @@ def _store_of(config: RunConfig) -> Path:
     return Path(store_location(config, open_model(config)).directory)
 
 
-def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
-    """Start, answer, print. With --json stdout holds one JSON document, and what people read goes to stderr."""
+def _preflight(config: RunConfig) -> None:
+    """What the doctor finds, if it is a problem, before anything is started."""
+    from launch.display import make_console
+    from launch.doctor.preflight import preflight
+
+    preflight(config, make_console(stderr=True))
+
+
+def _generate(config: RunConfig, run: GenerateConfig, as_json: bool, entry: Run | None = None) -> None:
+    """Start, answer, print. With --json stdout holds one JSON document, and what people read goes to stderr.
+
+    entry: is told how it stands.
+    """
     from dist_infer.llm import LLM
+    from dist_infer.startup import Progress
     from launch.display import StartDisplay, make_console, plan_notes, plan_table, ready_line, summary_table
     from partition.plan import plan_to_json
 
@@ -189,12 +229,20 @@ def _generate(config: RunConfig, run: GenerateConfig, as_json: bool) -> None:
     console = make_console(stderr=as_json)
     started = time.monotonic()
     with StartDisplay(console) as display:
-        llm = LLM(config, on_progress=display.show)
+
+        def show(progress: Progress) -> None:
+            display.show(progress)
+            if entry is not None:
+                entry.progress(progress)
+
+        llm = LLM(config, on_progress=show)
     with llm:
         pack_report = llm.gang.pack_report
         written, pack_s = pack_report.num_written, pack_report.seconds
         ready = ready_line(llm.gang.reports, llm.gang.facts, written, pack_s, time.monotonic() - started)
         console.print(ready, markup=False)
+        if entry is not None:
+            entry.note("ready")
         outputs, summary = _answer(llm, run, console)
         console.print(plan_table(llm.plan))
         for note in plan_notes(llm.plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -14,6 +15,7 @@ from rich.table import Table
 from dist_infer.messages import WorkerReport
 from dist_infer.startup import Progress
 from dist_infer.summary import RunSummary
+from launch.runs.record import RunRecord
 from partition.hardware import HardwareFacts
 from partition.plan import Plan, describe_kv
 from partition.plan_data import RankPlan
@@ -163,6 +165,26 @@ def plan_notes(plan: Plan) -> list[str]:
         f"({prediction.seconds_per_pass:.3f} s), bound by {prediction.bound_by}{assumed}"
     )
     return notes
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """What runs under which name: a row per run."""
+    table = Table()
+    for name in ("name", "state", "", "url", "pid", "since", "file"):
+        table.add_column(name, overflow="fold")
+    for record in records:
+        count = f" {record.done}/{record.total}" if record.total else ""
+        code = f" (exit code {record.exit_code})" if record.exit_code is not None else ""
+        table.add_row(
+            record.name,
+            f"{record.state}{code}",
+            f"{record.detail}{count}",
+            record.url or "",
+            str(record.process.pid),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started_s)),
+            record.file,
+        )
+    return table
 
 
 def summary_table(summary: RunSummary) -> Table:

@@ -12,6 +12,13 @@ def main() -> None:
     if (intruder := find_intruder()) is not None:
         print(f"error: {intruder}", file=sys.stderr)
         sys.exit(2)
-    from launch.cli import main as run_command_line
-
+    try:
+        from launch.cli import main as run_command_line
+    except KeyboardInterrupt:  # from here on the commands take care of it
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     run_command_line()
+
+
+if __name__ == "__main__":
+    main()

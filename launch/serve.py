@@ -13,12 +13,10 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import partition.errors
 from dist_infer.config import ClusterConfig, RunConfig, load_config
@@ -27,17 +25,26 @@ from dist_infer.messages import decode, encode
 from dist_infer.openai.endpoint import Endpoint, Status
 from dist_infer.openai.keys import ENVIRONMENT, ApiKey, load_keys
 from dist_infer.serve_config import ServeConfig
-from dist_infer.startup import Progress
+from dist_infer.startup import OnProgress, Progress
 from launch.backend import RayBackend
 from launch.display import StartDisplay, make_console, ready_line
-from launch.interrupt import EXIT_CODE, end_tree
+from launch.interrupt import Signals
+from launch.ray_start import listen_on_own_address
 from launch.root_guard import check_one_root
+from launch.runs.cluster import logs_directory
+from launch.runs.mark import MARK, REPLICA, current_run_id, first_line, is_label_of, run_label
+from launch.runs.run import Run
 from partition.errors import ClusterError, ConfigError, DistInferError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ANSWER_S = 30.0  # for a call to the replica that has nothing to wait for
 _INTERRUPTED_DRAIN_S = 2.0
 _NO_LIMIT = 1_000_000  # of Serve's own admission: ours refuses with a status and a Retry-After
 _HEALTH_S = 5.0
+_LOOK_S = 2.0  # from one look at a serving replica to the next
+_GIVE_UP_S = 60.0  # a replica whose start has failed is not replaced by Serve; one whose engine is lost is, much sooner
 # Serve's controller looks ten times a second by default: 3 % of a core, for one replica that never moves
 _CONTROLLER = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1"}
 
@@ -45,11 +52,14 @@ _CONTROLLER = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1"}
 class Replica:
     """Serve's deployment: an Endpoint in an actor. Arguments are JSON, so that nothing of ours is pickled."""
 
-    async def __init__(self, config_json: str, keys_json: str, listen: bool) -> None:  # type: ignore[misc]
+    async def __init__(self, config_json: str, keys_json: str, run_id: str, listen: bool) -> None:  # type: ignore[misc]
         check_one_root()
+        listen_on_own_address()
+        os.environ[MARK] = run_id  # in a cluster that was there it is not inherited
         config = load_config(json.loads(config_json))
         if not isinstance(config.run, ServeConfig):
             raise ConfigError("a replica needs `run: {kind: serve}`")
+        print(first_line(run_label(config.name), REPLICA), flush=True)
         keys = tuple(ApiKey(**entry) for entry in json.loads(keys_json))
         started_s = time.monotonic()
         self._endpoint = Endpoint(config, config.run, keys, ready_line=lambda llm: _ready_line(llm, started_s))
@@ -91,7 +101,7 @@ def make_deployment(config: RunConfig, keys: tuple[ApiKey, ...], *, listen: bool
     if cluster.executor == "ray":
         cluster = cluster.model_copy(update={"address": "auto"})
     data = config.model_copy(update={"cluster": cluster}).model_dump(mode="json")
-    return deployment.bind(json.dumps(data), json.dumps([asdict(key) for key in keys]), listen)
+    return deployment.bind(json.dumps(data), json.dumps([asdict(key) for key in keys]), current_run_id(), listen)
 
 
 def build_app(args: Mapping[str, Any]) -> Any:
@@ -111,8 +121,11 @@ def build_app(args: Mapping[str, Any]) -> Any:
     return make_deployment(config, keys, listen=False)
 
 
-def serve_until_signal(config: RunConfig, run: ServeConfig) -> None:
-    """Start, say where, serve. SIGTERM drains and returns; Ctrl-C drains for a moment and raises KeyboardInterrupt."""
+def serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
+    """Start, say where, serve. SIGTERM drains and returns; Ctrl-C drains for a moment and raises KeyboardInterrupt.
+
+    SIGUSR1 drains and stays. entry: is told how it stands.
+    """
     keys = load_keys(run.api_keys_file, os.environ)
     if not keys and not run.is_local:
         raise ConfigError(
@@ -126,12 +139,17 @@ def serve_until_signal(config: RunConfig, run: ServeConfig) -> None:
     from ray.serve.config import ProxyLocation
 
     console = make_console(stderr=True)
-    parallel = config.parallel
+    parallel, label = config.parallel, run_label(config.name)
     has_run = False
     backend = RayBackend(ClusterConfig(executor="ray", address=config.cluster.address), config.name)
     try:
         with StartDisplay(console) as display:
-            display.show(Progress(phase="starting Ray Serve"))
+
+            def show(progress: Progress) -> None:
+                display.show(progress)
+                entry.progress(progress)
+
+            show(Progress(phase="starting Ray Serve"))
             if config.cluster.address is None:
                 for variable, value in _CONTROLLER.items():
                     os.environ.setdefault(variable, value)
@@ -140,27 +158,78 @@ def serve_until_signal(config: RunConfig, run: ServeConfig) -> None:
             quiet = {"log_level": "WARNING", "enable_access_log": False}
             # where a Serve is there already it keeps its proxies
             serve.start(proxy_location=ProxyLocation.Disabled, http_options={"host": None}, logging_config=quiet)
+            if config.cluster.address is not None:
+                _refuse_second(config.name, serve.status().applications)
+                entry.note_logs(logs_directory())
             application = make_deployment(config, keys, listen=True)
             has_run = True
-            handle = serve.run(application, name=config.name, route_prefix=None, logging_config=quiet)
-            status = _wait_until_ready(handle, display, config.cluster.start_timeout)
-        drain_s, stopped = run.limits.drain_time, threading.Event()
+            try:
+                handle = serve.run(application, name=label, route_prefix=None, logging_config=quiet)
+            except RuntimeError as error:
+                raise ClusterError(
+                    f"Serve could not start the replica: {error} `dist-infer logs {config.name} replica` may say why"
+                ) from error
+            status = _wait_until_ready(handle, show, config.cluster.start_timeout)
         try:
-            with _sigterm_sets(stopped):
+            with Signals() as signals:
                 console.print(status.ready_line, markup=False)
                 door = f"{len(keys)} API keys" if keys else "no API key is needed"
                 model = run.model_name or config.name
                 console.print(f"serving {model} at {status.url}/v1 ({door})", markup=False)
-                stopped.wait()
-                console.print(f"draining for up to {drain_s:g} s", markup=False)
-                _close(handle, drain_s)
+                entry.note("ready", url=status.url)
+                _serve(handle, run.limits.drain_time, signals, entry, console)
+                entry.note("draining")
+                console.print(f"draining for up to {run.limits.drain_time:g} s", markup=False)
+                _close(handle, run.limits.drain_time)
         except KeyboardInterrupt:
-            _close(handle, min(drain_s, _INTERRUPTED_DRAIN_S))
+            _close(handle, min(run.limits.drain_time, _INTERRUPTED_DRAIN_S))
             raise
     finally:
         if config.cluster.address is not None and has_run:
-            serve.delete(config.name, _blocking=False)
+            serve.delete(label, _blocking=False)
         backend.close()
+
+
+def _refuse_second(name: str, applications: Mapping[str, Any]) -> None:
+    """One of the same name may have been launched on another machine."""
+    if (found := next((label for label in applications if is_label_of(label, name)), None)) is not None:
+        raise ConfigError(
+            f"the cluster serves a run named {name} already, as the application {found}: end it with `dist-infer down "
+            f"{name}` on the machine that launched it, or give this one another name with --set name=NAME"
+        )
+
+
+def _serve(handle: Any, drain_s: float, signals: Signals, entry: Run, console: Console) -> None:
+    """Until SIGTERM. What becomes of the replica meanwhile is noted, and said when it changes."""
+    drained, failed_s = False, None
+    while (came := signals.wait(_LOOK_S)) != signal.SIGTERM:
+        if came == signal.SIGUSR1 and not drained:
+            entry.note("draining")
+            _drain(handle, drain_s)
+            drained = True
+            entry.note("drained")
+            console.print("drained: nothing new is taken; SIGTERM ends the run", markup=False)
+        status = _look(handle)
+        if status.phase != "failed":
+            failed_s = None
+        elif failed_s is None:
+            failed_s = time.monotonic()
+        elif time.monotonic() > failed_s + _GIVE_UP_S:
+            raise _error_of(status)
+        if drained:
+            continue
+        phase = "ready" if status.phase == "ready" else "degraded"
+        detail = status.error or status.detail or status.phase if phase == "degraded" else ""
+        if entry.note(phase, detail=detail, done=status.done, total=status.total, url=status.url) and not status.done:
+            console.print(f"{phase} {detail or status.url}".strip(), markup=False)
+
+
+def _look(handle: Any) -> Status:
+    """What the replica says of itself, in the words of one that says nothing where it does not answer."""
+    try:
+        return decode(Status, handle.status.remote(None).result(timeout_s=_LOOK_S))
+    except Exception as error:  # Serve's own are many; each means that Serve is about to replace it
+        return Status(phase="lost", detail=f"the replica does not answer ({type(error).__name__})")
 
 
 def _serve_section(config: RunConfig) -> ServeConfig:
@@ -169,7 +238,7 @@ def _serve_section(config: RunConfig) -> ServeConfig:
     return config.run
 
 
-def _wait_until_ready(handle: Any, display: StartDisplay, start_timeout_s: float) -> Status:
+def _wait_until_ready(handle: Any, show: OnProgress, start_timeout_s: float) -> Status:
     """Packing may take as long as it takes; each step of it, and all after it, has the start deadline."""
     seen: Status | None = None
     deadline = time.monotonic() + start_timeout_s
@@ -182,7 +251,7 @@ def _wait_until_ready(handle: Any, display: StartDisplay, start_timeout_s: float
             return status
         if status != seen:
             deadline = time.monotonic() + start_timeout_s
-            display.show(Progress(phase=status.detail, done=status.done, total=status.total))
+            show(Progress(phase=status.detail, done=status.done, total=status.total))
         elif time.monotonic() > deadline:
             raise ClusterError(f"{status.detail}: nothing new for {start_timeout_s:g} s (cluster.start_timeout)")
         seen = status
@@ -195,10 +264,15 @@ def _error_of(status: Status) -> DistInferError:
     return ClusterError(status.error if kind is not None else f"{status.error_kind}: {status.error}")
 
 
-def _close(handle: Any, drain_s: float) -> None:
+def _drain(handle: Any, drain_s: float) -> None:
     """Serve's errors at the end are no errors of the run: what is left is ended with Ray."""
     with contextlib.suppress(Exception):
         handle.drain.remote(drain_s).result(timeout_s=drain_s + _ANSWER_S)
+
+
+def _close(handle: Any, drain_s: float) -> None:
+    _drain(handle, drain_s)
+    with contextlib.suppress(Exception):
         handle.close.remote().result(timeout_s=_ANSWER_S)
 
 
@@ -206,19 +280,3 @@ def _ready_line(llm: LLM, started_s: float) -> str:
     gang = llm.gang
     written, pack_s = gang.pack_report.num_written, gang.pack_report.seconds
     return ready_line(gang.reports, gang.facts, written, pack_s, time.monotonic() - started_s)
-
-
-@contextlib.contextmanager
-def _sigterm_sets(stopped: threading.Event) -> Iterator[None]:
-    """The first SIGTERM sets it, the second ends everything at once. Ctrl-C stays as it is."""
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if stopped.is_set():
-            end_tree(EXIT_CODE)
-        stopped.set()
-
-    previous = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -67,6 +67,7 @@ def open_checkpoint(path: Path) -> CheckpointIndex:
             tensors={},
             config=config,
             fingerprint=_fingerprint(config, (), ()),
+            content=_content(config, (), ()),
         )
     return _open_safetensors(path, config, weights, has_index=_INDEX in names)
 
@@ -109,6 +110,7 @@ def _open_safetensors(path: Path, config: dict[str, Any], weights: list[str], *,
         tensors=tensors,
         config=config,
         fingerprint=_fingerprint(config, files, digests),
+        content=_content(config, files, digests),
     )
 
 
@@ -123,13 +125,15 @@ def _open_gguf(path: Path) -> CheckpointIndex:
             )
     config = config_of(header, file=str(path))
     files = (_file_fact(path),)
+    digests = [header.digest + _sample(path)]
     return CheckpointIndex(
         path=path,
         kind="gguf",
         files=files,
         tensors={entry.name: entry for entry in header.tensors},
         config=config,
-        fingerprint=_fingerprint(config, files, [header.digest + _sample(path)]),
+        fingerprint=_fingerprint(config, files, digests),
+        content=_content(config, files, digests),
     )
 
 
@@ -205,4 +209,10 @@ def _refuse_holes(path: Path) -> None:
 
 def _fingerprint(config: dict[str, Any], files: Sequence[FileFact], digests: Sequence[str]) -> str:
     facts = [[fact.name, fact.size, fact.mtime_ns, digest] for fact, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps([config, facts], sort_keys=True).encode()).hexdigest()
+
+
+def _content(config: dict[str, Any], files: Sequence[FileFact], digests: Sequence[str]) -> str:
+    """The fingerprint without what copying changes."""
+    facts = [[fact.name, fact.size, digest] for fact, digest in zip(files, digests, strict=True)]
     return hashlib.sha256(json.dumps([config, facts], sort_keys=True).encode()).hexdigest()

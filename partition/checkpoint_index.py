@@ -41,7 +41,8 @@ class CheckpointIndex:
     """A checkpoint's content. `path` is what was opened; files lie in it, or beside it when it is a file.
 
     `fingerprint` changes when the config, a header, a file's size or mtime, or sampled weight bytes change; a single
-    changed byte under a restored mtime may go unseen. kind "config_only" can be planned, not launched.
+    changed byte under a restored mtime may go unseen. `content` is the same without the mtimes: equal for copies.
+    kind "config_only" can be planned, not launched.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class CheckpointIndex:
     tensors: dict[str, TensorEntry]
     config: dict[str, Any]
     fingerprint: str
+    content: str
 
     @property
     def directory(self) -> Path:

@@ -55,7 +55,8 @@ class NodeFacts:
 
     `flops` and `memory_bytes_per_s` are those of the CPU. `layer_overhead_s`: what a layer costs for a micro-batch of
     any size; None: assumed. `reader`: what reads its disk at that rate, and why that one was taken. `assumed` names the
-    other figures nobody measured or wrote.
+    other figures nobody measured or wrote. `max_ranks`: the most that whoever shares out the cluster lets it run; None:
+    any number.
     """
 
     name: str
@@ -70,6 +71,7 @@ class NodeFacts:
     reader: str = "threads"
     reader_reason: str = ""
     assumed: tuple[str, ...] = ()
+    max_ranks: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

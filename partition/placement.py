@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partition.errors import BudgetError, ConfigError
-from partition.hardware import HardwareFacts
+from partition.hardware import HardwareFacts, NodeFacts
 from partition.plan_data import PlanOptions
 from partition.sizes import format_size
 
@@ -26,15 +26,17 @@ class HostLimit:
 def place_stages(hardware: HardwareFacts, *, tensor: int, pipeline: int, device: str) -> tuple[int, ...]:
     """The node of each stage: a stage's ranks share a node, consecutive stages fill it, nodes get equal shares.
 
-    Raises ConfigError when no node has enough accelerators for a stage, or all together not for all stages.
+    Raises ConfigError when no node has enough accelerators or room for a stage, or all together not for all stages.
     """
     if not hardware.nodes:
         raise ConfigError("there are no nodes to place ranks on")
-    capacity = [len(node.devices) // tensor if device == "cuda" else pipeline for node in hardware.nodes]
+    room = [_room(node, device, tensor * pipeline) for node in hardware.nodes]
+    capacity = [ranks // tensor for ranks in room]
     if sum(capacity) < pipeline:
-        there = ", ".join(f"{node.name}: {len(node.devices)}" for node in hardware.nodes)
+        there = ", ".join(f"{node.name}: {ranks}" for node, ranks in zip(hardware.nodes, room, strict=True))
+        what = "accelerators" if device == "cuda" else "places for ranks"
         raise ConfigError(
-            f"device 'cuda' needs {tensor} accelerators on one node for each of {pipeline} stages, "
+            f"device {device!r} needs {tensor} {what} on one node for each of {pipeline} stages, "
             f"there are {there}: change parallel.tensor or parallel.pipeline"
         )
     counts = [0] * len(capacity)
@@ -42,6 +44,12 @@ def place_stages(hardware: HardwareFacts, *, tensor: int, pipeline: int, device:
         free = [node for node, limit in enumerate(capacity) if counts[node] < limit]
         counts[min(free, key=lambda node: counts[node])] += 1
     return tuple(node for node, count in enumerate(counts) for _ in range(count))
+
+
+def _room(node: NodeFacts, device: str, num_ranks: int) -> int:
+    """Ranks that the node may run, of so many."""
+    most = num_ranks if node.max_ranks is None else node.max_ranks
+    return min(most, len(node.devices) if device == "cuda" else num_ranks)
 
 
 def host_limits(hardware: HardwareFacts, stage_nodes: Sequence[int], options: PlanOptions) -> dict[int, HostLimit]:

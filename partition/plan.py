@@ -29,6 +29,7 @@ from partition.plan_data import (
     Tier,
     UnitPlacement,
 )
+from partition.shares import stage_shares
 from partition.work import Work, prepare
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 MAX_MICRO_BATCHES = 16
+WORTH_CUTTING = 1.05  # times as fast as stages of equal size: theirs is the cut that never moves
 _LEAST_ROWS = 4  # an embedding of so many times what reading its rows takes is worth leaving on disk
 _SLOWER_FOR_PROMPTS = 0.97  # decoding may become so much slower so that long prompts take fewer passes
 
@@ -59,19 +61,41 @@ def make_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions) ->
     embedding_bytes = spec.vocab_size * spec.hidden_size * DTYPE_BYTES.get(options.dtype, 0)
     worth_it = embedding_bytes >= _LEAST_ROWS * ROW_STAGING_BYTES
     if not options.embedding_rows or options.device != "cpu" or not worth_it:
-        return _plan(prepare(spec, hardware, options, embedding_rows=False))
+        return _cut_and_plan(spec, hardware, options, embedding_rows=False)
     try:
-        whole = _plan(prepare(spec, hardware, options, embedding_rows=False))
+        whole = _cut_and_plan(spec, hardware, options, embedding_rows=False)
     except BudgetError as misfit:
         try:
-            return _plan(prepare(spec, hardware, options, embedding_rows=True))
+            return _cut_and_plan(spec, hardware, options, embedding_rows=True)
         except BudgetError:
             raise misfit from None
     if not any(rank.streamed_bytes_per_pass for rank in whole.ranks):
         return whole
-    rows = _plan(prepare(spec, hardware, options, embedding_rows=True))
+    rows = _cut_and_plan(spec, hardware, options, embedding_rows=True)
     faster = rows.prediction.decode_tokens_per_s > whole.prediction.decode_tokens_per_s
     return rows if faster else whole
+
+
+def _cut_and_plan(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions, *, embedding_rows: bool) -> Plan:
+    """With stages of equal size, or where nodes differ with stages to their measure, if that is worth it."""
+    work = prepare(spec, hardware, options, embedding_rows=embedding_rows)
+    shares = stage_shares(work)
+    if shares is None:
+        return _plan(work)
+    measured = prepare(spec, hardware, options, embedding_rows=embedding_rows, shares=shares)
+    try:
+        even = _plan(work)
+    except BudgetError as misfit:
+        try:
+            return _plan(measured)
+        except BudgetError:
+            raise misfit from None
+    try:
+        uneven = _plan(measured)
+    except BudgetError:
+        return even
+    faster = uneven.prediction.decode_tokens_per_s > WORTH_CUTTING * even.prediction.decode_tokens_per_s
+    return uneven if faster else even
 
 
 def _plan(work: Work) -> Plan:

@@ -9,12 +9,18 @@ from partition.errors import ConfigError
 
 
 def cut_stages(
-    layer_bytes: Sequence[int], *, embed_bytes: int, head_bytes: int, num_stages: int
+    layer_bytes: Sequence[int],
+    *,
+    embed_bytes: int,
+    head_bytes: int,
+    num_stages: int,
+    shares: Sequence[float] | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Half-open layer ranges, one a stage, each with at least one layer.
 
     The embedding weighs on the first stage, the head on the last. Among the cuts whose largest stage is smallest, the
-    most even one (least sum of squares) is taken. Raises ConfigError for more stages than layers.
+    most even one (least sum of squares) is taken. With `shares` a stage is as large as its bytes are to its share.
+    Raises ConfigError for more stages than layers.
     """
     num_layers = len(layer_bytes)
     if num_stages < 1 or num_stages > num_layers:
@@ -23,15 +29,16 @@ def cut_stages(
         )
     sums = [0, *itertools.accumulate(layer_bytes)]
 
-    def weight(stage: int, first: int, end: int) -> int:
+    def weight(stage: int, first: int, end: int) -> float:
         ends = (embed_bytes if stage == 0 else 0) + (head_bytes if stage == num_stages - 1 else 0)
-        return sums[end] - sums[first] + ends
+        num_bytes = sums[end] - sums[first] + ends
+        return num_bytes if shares is None else num_bytes / shares[stage]
 
     def firsts(stage: int, end: int) -> range:
         return range(stage, end) if stage else range(1)
 
     # largest[end]: of the best cut of layers [0, end) into the stages so far, its largest stage
-    largest = {0: 0}
+    largest: dict[int, float] = {0: 0}
     for stage in range(num_stages):
         largest = {
             end: min(max(largest[first], weight(stage, first, end)) for first in firsts(stage, end) if first in largest)
@@ -39,7 +46,7 @@ def cut_stages(
         }
     limit = largest[num_layers]
 
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, (0,))}  # end -> (sum of squares, edges)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, (0,))}  # end -> (sum of squares, edges)
     for stage in range(num_stages):
         best = {
             end: min(choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partition.blob_spec import blob_arrays, blob_bytes, decoded_bytes
@@ -75,10 +76,18 @@ class Work:
     least_slots: int
 
 
-def prepare(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions, *, embedding_rows: bool) -> Work:
+def prepare(
+    spec: ModelSpec,
+    hardware: HardwareFacts,
+    options: PlanOptions,
+    *,
+    embedding_rows: bool,
+    shares: Sequence[float] | None = None,
+) -> Work:
     """Check the options, cut axes and layers, place stages, set host limits. Raises ConfigError and BudgetError.
 
-    embedding_rows: the embedding stays on disk, and takes no part in sharing out memory.
+    embedding_rows: the embedding stays on disk, and takes no part in sharing out memory. shares: of each stage, where
+    they are not to be equally large.
     """
     _check(options, spec)
     cut = cut_axes(spec, options.tensor)
@@ -88,6 +97,7 @@ def prepare(spec: ModelSpec, hardware: HardwareFacts, options: PlanOptions, *, e
         embed_bytes=0 if embedding_rows else sum(weights["embed"].num_bytes),
         head_bytes=sum(weights["head"].num_bytes),
         num_stages=options.pipeline,
+        shares=shares,
     )
     nodes = place_stages(hardware, tensor=options.tensor, pipeline=options.pipeline, device=options.device)
     stages = []

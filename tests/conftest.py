@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# names of runs are taken machine-wide: those of this session must not meet the user's, nor another session's
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dist-infer-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,

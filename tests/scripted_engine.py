@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_infer.engine.stats import EngineStats
+from dist_infer.gang_state import GangState, Ready
 from dist_infer.grammar import Grammar
 from dist_infer.metrics.snapshot import NO_STATS
 from dist_infer.outputs import CompletionOutput, Event, Finished, Logprob, RequestMetrics, RequestOutput, TokenEvent
@@ -37,6 +38,7 @@ class ScriptedEngine:
     prompt: str = "<|assistant|>"
     plan: _Plan = _Plan()
     failure: Exception | None = None
+    state: GangState = Ready()
     asked: list[SamplingParams] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     conversations: list[dict[str, Any]] = field(default_factory=list)

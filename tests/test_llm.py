@@ -42,6 +42,10 @@ def run_config(path: Path, store: Path, *, tensor: int = 1, pipeline: int = 1, *
     }
 
 
+def without_restarts(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "cluster": {**config["cluster"], "max_restarts": 0}}
+
+
 @pytest.fixture(scope="module")
 def path(tiny_checkpoint: Callable[..., Path]) -> Path:
     return tiny_checkpoint("llama")
@@ -449,7 +453,9 @@ def test_a_rank_that_fails_while_loading_ends_the_start(path: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_an_error_and_no_hang(path: Path, store_root: Path, victim: int) -> None:
-    with leaves_nothing() as children, LLM(run_config(path, store_root, tensor=2)) as llm:
+    """Without restarts; with them: tests/faults/test_lost_ranks.py."""
+    config = without_restarts(run_config(path, store_root, tensor=2))
+    with leaves_nothing() as children, LLM(config) as llm:
         events = llm.events([(None, prompt) for prompt in PROMPTS], [LONG] * 3)
         next(events)
         started = time.monotonic()
@@ -458,14 +464,17 @@ def test_a_killed_rank_is_an_error_and_no_hang(path: Path, store_root: Path, vic
         assert time.monotonic() - started < 20  # without it: 30
         assert len(ends) == 3
         for end in ends:
-            assert "signal 9" in str(end.error) or "tensor rank" in str(end.error)
+            assert f"tensor rank {victim}" in str(end.error)
+            assert "signal 9" in str(end.error)
+            assert "cluster.max_restarts: 0" in str(end.error)
         with pytest.raises(ClusterError, match="takes no requests"):
             llm.generate(PROMPTS, GREEDY)
 
 
 @pytest.mark.slow
 def test_a_rank_that_falls_silent_is_an_error_within_the_step_timeout(path: Path, store_root: Path) -> None:
-    with leaves_nothing() as children, LLM(run_config(path, store_root, tensor=2, step_timeout="3 s")) as llm:
+    config = without_restarts(run_config(path, store_root, tensor=2, step_timeout="3 s"))
+    with leaves_nothing() as children, LLM(config) as llm:
         child = children()[1]
         events = llm.events([(None, PROMPTS[0])], [LONG])
         next(events)

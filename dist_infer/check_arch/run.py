@@ -18,9 +18,11 @@ from dist_infer.check_arch.verdict import Position
 from dist_infer.config import load_config
 from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler, SchedulerConfig
+from dist_infer.gang import Gang
+from dist_infer.gang_state import Step
 from dist_infer.messages import SampledToken, SamplingSpec
 from dist_infer.sampling_params import SamplingParams
-from dist_infer.startup import Gang, Progress, open_model, plan_run
+from dist_infer.startup import open_model, plan_run
 from partition.errors import BudgetError, DistInferError
 from partition.plan import Plan
 
@@ -162,5 +164,5 @@ def _position(request: Request, token: SampledToken, vocab_size: int) -> Positio
     return Position(prefix=tuple(request.token_ids[:-1]), token_id=token.token_id, logprobs=tuple(logprobs))
 
 
-def _silent(progress: Progress) -> None:
+def _silent(step: Step) -> None:
     """Nobody watches a run of a second."""

@@ -44,7 +44,8 @@ class FakeExecutor:
     """The next token is `next_token(token ids, sampling)`, by default a hash of both below `vocab_size`.
 
     fail_at_step: `collect` of that step raises WorkerError, as for a lost rank. hang_at_step: that step never answers;
-    `collect` ends at its deadline. max_batch_tokens: refuse larger micro-batches. `plans`: all that were submitted.
+    `collect` ends at its deadline. max_batch_tokens: refuse larger micro-batches. epoch: refuse steps of another.
+    `plans`: all that were submitted; the first may have any number. `lose` is the loss of a rank while it is idle.
     Raises WorkerError for whatever a rank would refuse.
     """
 
@@ -58,6 +59,7 @@ class FakeExecutor:
         max_batch_tokens: int | None = None,
         fail_at_step: int | None = None,
         hang_at_step: int | None = None,
+        epoch: int = 0,
     ) -> None:
         self.num_kv_blocks = num_kv_blocks
         self.block_tokens = block_tokens
@@ -68,6 +70,8 @@ class FakeExecutor:
         self._max_batch_tokens = max_batch_tokens
         self._fail_at_step = fail_at_step
         self._hang_at_step = hang_at_step
+        self._epoch = epoch
+        self._on_loss: Callable[[ClusterError], None] | None = None
         self._known: dict[str, _Known] = {}
         self._cache: dict[tuple[int, int], int] = {}
         self._results: deque[tuple[StepResult, frozenset[str]]] = deque()
@@ -94,11 +98,21 @@ class FakeExecutor:
         )
         return (report,)
 
+    def watch(self, on_loss: Callable[[ClusterError], None]) -> None:
+        self._on_loss = on_loss
+
+    def lose(self) -> None:
+        """A rank is gone: whoever watches is told."""
+        if self._on_loss is not None:
+            self._on_loss(WorkerError("rank 0 is gone, as scripted", rank=0))
+
     def submit(self, plan: StepPlan) -> None:
         if self._closed.is_set():
             raise ClusterError("the executor is closed")
-        if plan.step_id != len(self.plans):
-            raise _refusal(plan, f"step {len(self.plans)} is next")
+        if self.plans and plan.step_id != self.plans[-1].step_id + 1:
+            raise _refusal(plan, f"step {self.plans[-1].step_id + 1} is next")
+        if plan.epoch != self._epoch:
+            raise _refusal(plan, f"it is of epoch {plan.epoch}, this is {self._epoch}")
         self.plans.append(plan)
         self._take_in(plan)
         tokens: list[SampledToken] = []

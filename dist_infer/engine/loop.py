@@ -4,7 +4,9 @@
      any thread                     the engine's thread                       called by the engine's thread
 
 Every request gets exactly one end, Finished or Failed. An error in one request's own work (its text, its stop strings,
-its callback) fails that request; an error of the executor fails them all, and the engine takes no more.
+its callback) fails that request. When the executor loses its ranks the engine asks for others (`recover`), computes
+again what they knew and goes on: who waits for an answer sees a pause. Where there are none to be had, all requests
+fail, and the engine takes no more.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dist_infer.engine.generation import Generation, OnEvent
 from dist_infer.engine.grammars import Grammars
 from dist_infer.engine.kept_tokens import keeping
 from dist_infer.engine.live_requests import LiveRequests
+from dist_infer.engine.recover import Recover
 from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler
 from dist_infer.engine.stats import EngineStats
@@ -43,13 +46,16 @@ class _Abort:
 
 
 class EngineLoop:
-    """Takes over an executor that was started: `close` closes it. The scheduler is used by nobody else.
+    """Takes over an executor that was started: `close` closes it, and those that `recover` brings after it.
+
+    The scheduler is used by nobody else.
 
     decode: token ids -> text, called by the engine's thread. token_kinds: what its texts do not show. decode_special:
     the same with special tokens' texts, for requests that keep some; None: none are kept. encode: text ->
     token ids without special tokens, for bad words; None without a tokenizer: then they are refused, and stop strings.
     grammars: what knows whether one can be used; None without a tokenizer. step_timeout_s: a step that takes longer is
-    a failure of the executor. clock: seconds, for the requests' metrics only.
+    a failure of the executor. recover: None: its first failure is the last. clock: seconds, for the requests' metrics
+    only.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class EngineLoop:
         decode_special: Decode | None = None,
         encode: Encode | None = None,
         grammars: Grammars | None = None,
+        recover: Recover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 0 < step_timeout_s <= threading.TIMEOUT_MAX:
@@ -81,11 +88,16 @@ class EngineLoop:
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._step_timeout_s = step_timeout_s
+        self._recover = recover
         self._clock = clock
+        self._epoch = 0
+        self._num_gang_restarts = 0
         self._thread = threading.Thread(target=self._main, name="dist-infer-engine", daemon=True)
         self._live = LiveRequests(clock)
         self._wake = threading.Condition()  # guards what is listed down to _num_submitted
         self._inbox: list[Request | _Abort] = []
+        self._loss: ClusterError | None = None  # of the executor that is in use
+        self._is_recovering = False
         self._closing = False
         self._failure: Exception | None = None
         self._num_submitted = 0
@@ -97,6 +109,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Begin to work; requests submitted before are served now. Once only."""
+        self._watch(self._executor)
         self._thread.start()
 
     def submit(
@@ -199,13 +212,16 @@ class EngineLoop:
     def close(self, timeout_s: float = 5.0) -> None:
         """End what is alive with reason "abort", wait for steps in flight up to the timeout, close the executor.
 
-        Idempotent. RuntimeError from within an `on_event`.
+        A recovery that is under way is given up. Idempotent. RuntimeError from within an `on_event`.
         """
         if threading.current_thread() is self._thread:
             raise RuntimeError("EngineLoop.close was called from on_event: the engine's thread cannot wait for itself")
         with self._wake:
             self._closing = True
             self._wake.notify()
+            is_recovering = self._is_recovering
+        if is_recovering and self._recover is not None:
+            self._recover.cancel()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._executor.close()
@@ -217,14 +233,18 @@ class EngineLoop:
 
     def _run(self) -> None:
         while self._take_inbox():
-            while (plan := self._scheduler.schedule()) is not None:
-                self._note_scheduled(plan)
-                self._executor.submit(self._with_vocabulary(plan))
-            if self._scheduler.num_in_flight:
-                result = self._executor.collect(self._step_timeout_s)
-                new_tokens = self._scheduler.apply(result)
-                self._take_prompt_logprobs(result)
-                self._deliver(new_tokens)
+            try:
+                self._raise_loss()
+                while (plan := self._scheduler.schedule()) is not None:
+                    self._note_scheduled(plan)
+                    self._executor.submit(self._for_ranks(plan))
+                if self._scheduler.num_in_flight:
+                    result = self._executor.collect(self._step_timeout_s)
+                    new_tokens = self._scheduler.apply(result)
+                    self._take_prompt_logprobs(result)
+                    self._deliver(new_tokens)
+            except ClusterError as error:
+                self._go_on_with_others(error)
 
     def _main(self) -> None:
         error: Exception | None = None
@@ -241,7 +261,7 @@ class EngineLoop:
         """Wait until there is something to do, let new requests and aborts in. False: closed and nothing in flight."""
         self._stats = self._take_stats()
         with self._wake:
-            while not (self._inbox or self._closing or self._scheduler.has_requests):
+            while not (self._inbox or self._closing or self._loss or self._scheduler.has_requests):
                 self.integrity()
                 self._wake.wait(_IDLE_WAIT_S)
             inbox, self._inbox = self._inbox, []
@@ -249,14 +269,61 @@ class EngineLoop:
         for item in inbox:
             if isinstance(item, _Abort):
                 self._abort(item.generation)
-            else:
-                self._scheduler.add(item)
-                if item is (item.siblings or (item,))[0]:
-                    self._num_prompt_tokens += item.num_prompt_tokens
+            elif (generation := self._live.by_rank_id(item.id)) is not None:  # None: a sibling did not fit
+                self._add(item, generation)
         if closing:
             for generation in self._live.all():
                 self._abort(generation)
         return not closing or self._scheduler.num_in_flight > 0
+
+    def _add(self, request: Request, generation: Generation) -> None:
+        try:
+            self._scheduler.add(request)
+        except ConfigError as error:  # it was checked against ranks that are gone
+            self._fail(generation, error)
+            return
+        if request is generation.requests[0]:
+            self._num_prompt_tokens += request.num_prompt_tokens
+
+    def _watch(self, executor: Executor) -> None:
+        def note(error: ClusterError) -> None:
+            with self._wake:
+                if executor is self._executor:  # one that is out of use has nothing to say
+                    self._loss = error
+                    self._wake.notify()
+
+        executor.watch(note)
+
+    def _raise_loss(self) -> None:
+        with self._wake:
+            if self._loss is not None:
+                raise self._loss
+
+    def _go_on_with_others(self, error: ClusterError) -> None:
+        """Replace the ranks and let every request begin again on the new ones, from what it has so far.
+
+        Raises the error when that is not wanted, with the second cause when it fails.
+        """
+        with self._wake:
+            if self._recover is None or self._closing:
+                raise error
+            self._is_recovering = True
+        try:
+            found = self._recover(error)
+        except Exception as second:
+            raise ClusterError(f"{error}. The ranks could not be replaced: {second}") from second
+        finally:
+            with self._wake:
+                self._is_recovering = False
+        with self._wake:
+            self._executor, self._loss = found.executor, None
+        self._epoch, self._step_timeout_s = found.epoch, found.step_timeout_s
+        self._num_gang_restarts += 1
+        self._ranks_know_vocabulary = False
+        for request in self._scheduler.rewind(found.scheduler):
+            if (generation := self._live.by_rank_id(request.id)) is not None:
+                self._fail(generation, _misfit(request, error))
+        self._watch(found.executor)
 
     def _note_scheduled(self, plan: StepPlan) -> None:
         now_s = self._clock()
@@ -264,13 +331,16 @@ class EngineLoop:
             if (generation := self._live.by_rank_id(new.request_id)) is not None:
                 generation.note_scheduled(now_s)
 
-    def _with_vocabulary(self, plan: StepPlan) -> StepPlan:
-        """Megabytes that most engines never need: sent once, with the first request that does."""
+    def _for_ranks(self, plan: StepPlan) -> StepPlan:
+        """With the gang it is meant for, and what that needs to know of grammars.
+
+        The vocabulary is megabytes that most engines never need: sent once, with the first request that does.
+        """
         needs_it = not self._ranks_know_vocabulary and any(new.sampling.grammar is not None for new in plan.new)
         if not needs_it or self._grammars is None:
-            return plan
+            return replace(plan, epoch=self._epoch) if self._epoch else plan
         self._ranks_know_vocabulary = True
-        return replace(plan, vocabulary=self._grammars.vocabulary)
+        return replace(plan, epoch=self._epoch, vocabulary=self._grammars.vocabulary)
 
     def _take_prompt_logprobs(self, result: StepResult) -> None:
         for found in result.prompt_logprobs:
@@ -344,6 +414,7 @@ class EngineLoop:
             num_failed=self._live.num_failed,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_gang_restarts=self._num_gang_restarts,
         )
 
     def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], ...]:
@@ -372,6 +443,13 @@ class EngineLoop:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self._vocab_size:
                 raise ConfigError(f"{name} must be whole numbers in [0, {self._vocab_size}), not {token_id!r}")
+
+
+def _misfit(request: Request, error: ClusterError) -> ClusterError:
+    return ClusterError(
+        f"the ranks were lost ({error}), and those that took their place have no room for this request, which has "
+        f"{request.num_prompt_tokens} prompt tokens and may become {request.token_limit}"
+    )
 
 
 def _explain(error: Exception) -> ClusterError:

@@ -12,7 +12,7 @@ from dist_infer.sampling_params import SamplingParams
 class RequestState(enum.Enum):
     """
     WAITING ──admit──> RUNNING ──────finish, abort──────> FINISHED
-       ^                │  └─abort in flight─> ABORTING ──apply──^
+       ^                │  └─abort in flight─> ABORTING ──apply──^   (rewind: as apply, as preempt)
        └───preempt──────┘
     """
 
@@ -55,6 +55,15 @@ class Request:
     def __post_init__(self) -> None:
         if not self.token_ids:
             self.token_ids = list(self.prompt_token_ids)
+
+    def start_over(self) -> None:
+        """What it has so far stays; nothing of it is computed, owned or known to anybody. The state is the caller's."""
+        self.block_ids = []
+        self.num_computed = 0
+        self.num_sent_tokens = 0
+        self.num_sent_blocks = 0
+        self.in_flight_step = None
+        self.fork_of = None
 
     @property
     def turn(self) -> tuple[int, int]:

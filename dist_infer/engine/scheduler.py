@@ -128,7 +128,7 @@ class Scheduler:
         limit = min(asked, config.max_model_len)
         if max_tokens is None:
             limit = max(min(limit, kv_tokens), num_prompt_tokens + 1)  # as far as it goes
-        need = self._blocks.blocks_for(limit)
+        need = -(-limit // config.block_tokens)
         if need > config.num_kv_blocks:
             raise ConfigError(
                 f"{num_prompt_tokens} prompt tokens and up to {limit - num_prompt_tokens} new ones need {need} KV "
@@ -207,6 +207,30 @@ class Scheduler:
             request.state = RequestState.ABORTING
         else:
             self._forget(request)
+
+    def rewind(self, config: SchedulerConfig | None = None) -> list[Request]:
+        """The ranks are gone, with all they knew: every request waits to be computed again, from what it has so far.
+
+        Turns, answers and draws stay as they were. Steps in flight never were; who was aborted in one is forgotten.
+        config: of the ranks that come; requests that they have no room for are forgotten and returned.
+        """
+        self.config = config or self.config
+        self._blocks = KVBlockManager(num_blocks=self.config.num_kv_blocks, block_tokens=self.config.block_tokens)
+        self._in_flight.clear()
+        self._to_forget = []
+        self._running = []
+        misfits: list[Request] = []
+        for request in list(self._requests.values()):
+            request.start_over()
+            if request.state is RequestState.ABORTING:
+                self._drop(request)
+            elif config is not None and not self._fits(request):
+                self._drop(request)
+                misfits.append(request)
+            else:
+                request.state = RequestState.WAITING
+        self._waiting = sorted(self._requests.values(), key=_turn)
+        return misfits
 
     def integrity(self) -> None:
         """RuntimeError unless every block is free or owned by one running request, and none is left when idle."""
@@ -385,6 +409,18 @@ class Scheduler:
         self._tell_ranks_to_forget(request)
         request.block_ids = []
         request.state = RequestState.FINISHED
+
+    def _drop(self, request: Request) -> None:
+        """Of a request that owns nothing any more."""
+        del self._requests[request.id]
+        request.state = RequestState.FINISHED
+
+    def _fits(self, request: Request) -> bool:
+        """Under a new config. What was asked for in tokens is not cut short; "as far as it goes" may be nearer now."""
+        most = min(self.config.max_model_len, self.config.num_kv_blocks * self.config.block_tokens)
+        if request.params.max_tokens is None:
+            request.token_limit = min(request.token_limit, most)
+        return request.num_tokens < request.token_limit <= most
 
     def _tell_ranks_to_forget(self, request: Request) -> None:
         if request.is_known_to_ranks:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """As of the engine's last step. `num_waiting` were admitted to the queue, `num_running` own KV blocks."""
+    """As of the engine's last step. `num_waiting` were admitted to the queue, `num_running` own KV blocks.
+
+    `num_gang_restarts`: gangs of ranks that took the place of one that was lost.
+    """
 
     num_waiting: int
     num_running: int
@@ -20,3 +23,4 @@ class EngineStats:
     num_failed: int
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_gang_restarts: int = 0

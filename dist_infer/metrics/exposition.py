@@ -87,7 +87,7 @@ def _engine(seen: Snapshot) -> Iterator[Metric]:
         ("preemptions", "Requests that lost their KV blocks and began again", stats.num_preemptions),
         ("prompt_tokens", "Prompt tokens of requests that were taken in", stats.num_prompt_tokens),
         ("generated_tokens", "Tokens that were sampled", stats.num_generated_tokens),
-        ("gang_restarts", "Gangs of ranks that were replaced", seen.num_gang_restarts),
+        ("gang_restarts", "Gangs of ranks that were replaced", stats.num_gang_restarts),
     ):
         yield CounterMetricFamily(f"dist_infer_{name}", words, value=count)
     ends = {"finished": stats.num_finished, "aborted": stats.num_aborted, "failed": stats.num_failed}

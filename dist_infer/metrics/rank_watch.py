@@ -50,7 +50,6 @@ class RankWatch:
         self._window: WorkWindow[tuple[StreamReport, ...]] = WorkWindow()
         self._read_s: float | None = None
         self._workers: tuple[WorkerReport, ...] = ()
-        self.num_restarts = 0  # gangs that took the place of another since the first reading
         self.last: RankFigures | None = None
 
     @property
@@ -66,7 +65,6 @@ class RankWatch:
             return  # they are being replaced
         idle = tuple(_nothing(report.rank) for report in reports)
         if workers != self._workers:
-            self.num_restarts += bool(self._workers)
             self._workers = workers
             self._window.clear()
             self._window.add(self._read_s, 0.0, idle)  # all began with nothing

@@ -10,8 +10,8 @@ from dist_infer.engine.stats import EngineStats
 from dist_infer.metrics.rank_watch import RankFigures
 from dist_infer.metrics.request_times import RequestHistograms
 
-Phase = Literal["loading", "ready", "draining", "failed"]
-PHASES: tuple[Phase, ...] = ("loading", "ready", "draining", "failed")
+Phase = Literal["loading", "ready", "degraded", "draining", "failed"]
+PHASES: tuple[Phase, ...] = ("loading", "ready", "degraded", "draining", "failed")
 
 NO_STATS = EngineStats(
     num_waiting=0,
@@ -55,4 +55,3 @@ class Snapshot:
     requests: RequestHistograms
     engine: EngineStats
     ranks: RankFigures | None
-    num_gang_restarts: int

@@ -26,7 +26,7 @@ from dist_infer.openai.guard import Guard, Receive, Scope, Send
 from dist_infer.openai.keys import KeyRing, priority_of
 from dist_infer.openai.logs import log_failure
 from dist_infer.openai.openapi import answers_of, body_of
-from dist_infer.openai.service import Draining, Failed, Loading, Ready, Service, Ticket
+from dist_infer.openai.service import Degraded, Draining, Failed, Loading, Ready, Service, Ticket
 from dist_infer.openai.stream import Counts, body, chunks, error_bytes
 from dist_infer.openai.tracing import RequestTracer
 from dist_infer.openai.translate import (
@@ -316,6 +316,7 @@ def _tokenized(asked: TokenizeRequest, ready: Ready) -> dict[str, Any]:
 
 def _model(service: Service) -> dict[str, Any]:
     state = service.state
+    state = state.ready if isinstance(state, Degraded) else state
     found = {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "dist-infer"}
     return {**found, "max_model_len": state.max_model_len if isinstance(state, Ready) else None}
 
@@ -325,6 +326,8 @@ def _health(service: Service, *, startup: bool) -> Response:
     state = service.state
     if isinstance(state, Ready):
         return _json({"status": "ready", "phase": "ready"})
+    if isinstance(state, Degraded):  # its detail may name pids and hosts: not for everybody
+        return _json({"status": "degraded", "phase": "degraded"}, 200 if startup else 503)
     if isinstance(state, Loading):
         return _json({"status": "loading", "phase": state.phase, "done": state.done, "total": state.total}, 503)
     if isinstance(state, Draining):

@@ -18,7 +18,7 @@ from dist_infer.openai.errors import ApiError
 from dist_infer.openai.keys import ApiKey, KeyRing
 from dist_infer.openai.logs import LogFiles, described
 from dist_infer.openai.server import HttpServer
-from dist_infer.openai.service import Draining, Failed, Loading, Ready, Service
+from dist_infer.openai.service import Degraded, Draining, Failed, Loading, Ready, Service
 from dist_infer.openai.tracing import RequestTracer
 from dist_infer.serve_config import ServeConfig
 from dist_infer.startup import Progress
@@ -30,7 +30,7 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """phase: loading, ready, draining or failed. url: where it listens, if it does. error: kind and message."""
+    """phase: loading, ready, degraded, draining or failed. url: where it listens, if it does. error: kind and message."""
 
     phase: str
     detail: str = ""
@@ -156,6 +156,8 @@ class Endpoint:
             return Status(phase="loading", detail=state.phase, done=state.done, total=state.total, url=url)
         if isinstance(state, Ready):
             return Status(phase="ready", url=url, ready_line=self._ready_line)
+        if isinstance(state, Degraded):
+            return Status(phase="degraded", detail=state.detail, url=url, ready_line=self._ready_line)
         if isinstance(state, Draining):
             return Status(phase="draining", url=url)
         return Status(phase="failed", url=url, error_kind=type(state.error).__name__, error=str(state.error))

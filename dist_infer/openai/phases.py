@@ -1,4 +1,4 @@
-"""How the endpoint stands: loading, ready, draining or failed, each with what is known then."""
+"""How the endpoint stands: loading, ready, degraded, draining or failed, each with what is known then."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Degraded:
+    """Ranks are being replaced: requests are taken in and wait, streams pause. detail: how far that is, for people."""
+
+    ready: Ready
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draining:
     ready: Ready | None
 
@@ -35,4 +43,4 @@ class Failed:
     error: Exception
 
 
-State = Loading | Ready | Draining | Failed
+State = Loading | Ready | Degraded | Draining | Failed

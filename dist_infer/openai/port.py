@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dist_infer.engine.stats import EngineStats
+from dist_infer.gang_state import GangState
 from dist_infer.grammar import Grammar
 from dist_infer.openai.dialect import Described
 from dist_infer.outputs import Event
@@ -40,5 +41,7 @@ class Engine(Described, Protocol):
     ) -> tuple[str, list[int]]: ...
     @property
     def stats(self) -> EngineStats: ...
+    @property
+    def state(self) -> GangState: ...
     @property
     def failure(self) -> Exception | None: ...

@@ -16,16 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from dist_infer import gang_state
+from dist_infer.gang_state import describe
 from dist_infer.openai.dialect import ReasoningSetting, ToolSetting, find_dialect
 from dist_infer.openai.errors import ApiError, bad_request, too_many, unavailable
-from dist_infer.openai.phases import Draining, Failed, Loading, Ready, State
+from dist_infer.openai.phases import Degraded, Draining, Failed, Loading, Ready, State
 from dist_infer.openai.port import Engine
 from dist_infer.openai.service_metrics import ServiceMetrics
 from dist_infer.outputs import Event, TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from dist_infer.serve_config import ServeLimits
 
-__all__ = ["Draining", "Engine", "Failed", "Loading", "Ready", "Service", "State", "Ticket", "check_length"]
+__all__ = ["Degraded", "Draining", "Engine", "Failed", "Loading", "Ready", "Service", "State", "Ticket", "check_length"]
 T = TypeVar("T")
 _THREADS = 2  # tokenizers compute without the interpreter's lock
 _MAX_NEW_GRAMMARS = 8  # that wait to be compiled, one by one, each for up to a second
@@ -118,9 +120,12 @@ class Service:
     @property
     def state(self) -> State:
         state = self._state
-        if isinstance(state, Ready) and (failure := state.engine.failure) is not None:
+        if not isinstance(state, Ready):
+            return state
+        if (failure := state.engine.failure) is not None:
             return Failed(error=failure)
-        return state
+        gang = state.engine.state
+        return Degraded(ready=state, detail=describe(gang)) if isinstance(gang, gang_state.Degraded) else state
 
     def note_progress(self, phase: str, done: int, total: int) -> None:
         """Any thread."""
@@ -168,10 +173,12 @@ class Service:
     # ---- requests
 
     def require_ready(self) -> Ready:
-        """ApiError 503, with what the matter is."""
+        """While ranks are replaced, too: who comes then waits in the queue. ApiError 503, with what the matter is."""
         state = self.state
         if isinstance(state, Ready):
             return state
+        if isinstance(state, Degraded):
+            return state.ready
         if isinstance(state, Loading):
             count = f" {state.done} of {state.total}" if state.total else ""
             raise unavailable(f"the model is not ready: {state.phase}{count}", "loading", _RETRY_LOADING_S)

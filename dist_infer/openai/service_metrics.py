@@ -17,7 +17,7 @@ from dist_infer.metrics.rank_watch import Ranks, RankWatch
 from dist_infer.metrics.request_times import AnswerTimes, RequestHistograms
 from dist_infer.metrics.snapshot import NO_STATS, Build, Phase, Snapshot
 from dist_infer.openai.logs import PROMPT_LOG, request_id_of
-from dist_infer.openai.phases import Draining, Failed, Loading
+from dist_infer.openai.phases import Degraded, Draining, Failed, Loading
 from dist_infer.openai.port import Engine
 from dist_infer.outputs import RequestOutput
 
@@ -106,7 +106,6 @@ class ServiceMetrics:
             requests=self._requests,
             engine=NO_STATS if self._engine is None else self._engine.stats,
             ranks=None if watch is None else watch.last,
-            num_gang_restarts=0 if watch is None else watch.num_restarts,
         )
 
 
@@ -117,6 +116,8 @@ def _phase(service: Service) -> tuple[Phase, tuple[str, float] | None]:
         return "loading", (state.phase, state.done / state.total if state.total else 0.0)
     if isinstance(state, Failed):
         return "failed", None
+    if isinstance(state, Degraded):
+        return "degraded", None
     return "draining" if isinstance(state, Draining) else "ready", ("ready", 1.0)
 
 

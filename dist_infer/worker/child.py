@@ -1,6 +1,7 @@
-"""A process of the local executor: `python -m dist_infer.worker.child WORK_FD CONTROL_FD`, two inherited sockets.
+"""A process of the local executor: `python -m dist_infer.worker.child WORK_FD CONTROL_FD HEART_FD`, inherited sockets.
 
-Work (set-up, steps) is answered in order on the first; the second asks for figures at any time, also during a step.
+Work (set-up, steps) is answered in order on the first; the second asks for figures at any time, also during a step;
+the third whether the process is there, and its thread does nothing else.
 Each message is one frame: a JSON header line, then the body. The parent's death is an end of file, and ends it.
 """
 
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING
 
 from dist_infer.messages import StepPlan, decode, encode
 from dist_infer.worker.setup import WorkerSetup
+from partition.errors import ClusterError
 
 if TYPE_CHECKING:  # it imports torch, which takes a second that the parent need not wait for
     from dist_infer.worker.rank_host import RankHost
 
 STREAM_REPORTS, TIMELINES = b"stream", b"timeline"  # what the control socket can be asked for
+HEARTBEAT = b"there?"
 _OOM_SCORE_ADJUSTMENT = 500  # of memory that runs out the kernel takes a rank, about which the parent can tell
 
 
@@ -40,7 +43,8 @@ def main() -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(str(_OOM_SCORE_ADJUSTMENT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    connection, control = Connection(int(sys.argv[1])), Connection(int(sys.argv[2]))
+    connection, control, heart = (Connection(int(fd)) for fd in sys.argv[1:4])
+    threading.Thread(target=_beat, args=(heart,), daemon=True).start()
     try:
         _serve(connection, control)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -48,6 +52,12 @@ def main() -> None:
     finally:
         # No orderly teardown: peers may be gone, and a collective's destructor could wait for them.
         os._exit(0)
+
+
+def _beat(heart: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            heart.send_bytes(heart.recv_bytes())
 
 
 def _report(control: Connection, host: RankHost) -> None:
@@ -93,7 +103,7 @@ def _serve(connection: Connection, control: Connection) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, ClusterError) else f"{type(error).__name__}: {error}"
             connection.send_bytes(pack_frame("error", traceback.format_exc().encode(), message=text))
 
 

@@ -11,11 +11,11 @@ import socket
 import time
 from collections.abc import Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from dist_infer.interface import interface_of
 from partition.errors import ClusterError
 
 
@@ -126,7 +126,10 @@ def connect(
 
     own_host: this node's address, by which the others reach it. Raises ClusterError when others do not come in time.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_of(own_host))
+    # left to themselves gloo goes by the host name and nccl by the order of interfaces
+    interface = interface_of(own_host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # by this very name, not all that begin with it
     timeout = datetime.timedelta(seconds=timeout_s)
     world = tensor * stages
     backend = "nccl" if device == "cuda" else "gloo"
@@ -152,12 +155,3 @@ def connect(
 def disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _interface_of(host: str) -> str:
-    """The network interface that carries this address; gloo would otherwise guess from the host name."""
-    address = socket.gethostbyname(host)
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.family == socket.AF_INET and item.address == address for item in addresses):
-            return name
-    raise ClusterError(f"no network interface of this machine has the address {address}")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,32 +23,43 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
+from dist_infer.gang_state import Connecting, Loading, Step
+from dist_infer.heartbeat import Heartbeat
 from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport, decode, encode
-from dist_infer.worker.child import STREAM_REPORTS, TIMELINES, pack_frame, unpack_frame
+from dist_infer.worker.child import HEARTBEAT, STREAM_REPORTS, TIMELINES, pack_frame, unpack_frame
 from dist_infer.worker.oom_watch import OomWatch
 from dist_infer.worker.rank_host import RankHost
 from dist_infer.worker.setup import WorkerSetup
 from partition.errors import ClusterError, WorkerError
 
-LoadProgress = Callable[[int, int], None]
+OnStep = Callable[[Step], None]
+OnLoss = Callable[[ClusterError], None]
 _Report = TypeVar("_Report", StreamReport, TimelineReport)
 _REPORT_TIMEOUT_S = 30.0
+_LEAVE_S = 2.0  # for a child to end when it is asked to
+_NOTICE_S = 0.5  # a rank that is killed is often noticed by its peers first, as a lost connection
+_CLOSED = "the executor was closed"
 
 
 class InProcessExecutor:
     """All ranks (one per stage, tensor = 1) on one thread of this process."""
 
-    def __init__(self, setup: WorkerSetup, *, start_timeout_s: float, progress: LoadProgress) -> None:
-        self._setup, self._start_timeout_s, self._progress = setup, start_timeout_s, progress
+    def __init__(self, setup: WorkerSetup, *, start_timeout_s: float, on_step: OnStep) -> None:
+        self._setup, self._start_timeout_s, self._on_step = setup, start_timeout_s, on_step
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dist-infer-rank")
         self._host: RankHost | None = None
         self._steps: deque[tuple[int, Future[StepResult | None]]] = deque()
         self._closed = False
 
     def start(self) -> tuple[WorkerReport, ...]:
+        def progress(done: int, total: int) -> None:
+            if self._closed:
+                raise ClusterError(_CLOSED)
+            self._on_step(Loading(done=done, total=total))
+
         def build() -> tuple[WorkerReport, ...]:
             self._host = RankHost(self._setup)
-            return self._host.load(self._progress)
+            return self._host.load(progress)
 
         try:
             return self._thread.submit(build).result(self._start_timeout_s)
@@ -56,7 +68,11 @@ class InProcessExecutor:
                 f"loading took longer than cluster.start_timeout ({self._start_timeout_s:.0f} s)"
             ) from None
         except Exception as error:
+            _forget_frames(error)
             raise WorkerError(f"loading failed: {type(error).__name__}: {error}", rank=0) from error
+
+    def watch(self, on_loss: OnLoss) -> None:
+        """Ranks in this process are there as long as it is; what fails in a step is told by `collect`."""
 
     def submit(self, plan: StepPlan) -> None:
         host = self._host
@@ -66,32 +82,37 @@ class InProcessExecutor:
 
     def collect(self, timeout_s: float) -> StepResult:
         if not self._steps or self._closed:
-            raise ClusterError("the executor was closed")
+            raise ClusterError(_CLOSED)
         step_id, future = self._steps[0]
         try:
             result = future.result(timeout_s)
         except FutureTimeout:
             raise ClusterError(f"step {step_id} did not finish within {timeout_s:.0f} s") from None
         except Exception as error:
-            raise WorkerError(f"rank 0 failed in step {step_id}: {type(error).__name__}: {error}", rank=0) from error
+            _forget_frames(error)
+            raise WorkerError(f"step {step_id} failed: {_words(error)}", rank=0) from error
         self._steps.popleft()
         if result is None:
             raise RuntimeError("the last stage returned no result")
         return result
 
     def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
-        return self._host.stream_reports() if self._host is not None else ()  # waits for nothing
+        host = self._host
+        return host.stream_reports() if host is not None else ()  # waits for nothing
 
     def timelines(self) -> tuple[TimelineReport, ...]:
-        return self._host.timelines() if self._host is not None else ()
+        host = self._host
+        return host.timelines() if host is not None else ()
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._host is not None:
-            self._host.close()
+        self._steps.clear()
+        host, self._host = self._host, None  # its memory is for whoever comes next
+        if host is not None:
+            host.close()
 
 
 @dataclass
@@ -99,7 +120,10 @@ class _Child:
     process: subprocess.Popen[bytes]
     connection: Connection  # set-up and steps: the engine's thread alone
     control: Connection  # figures: any thread, one at a time
+    heart: Connection  # whether it is there: the heartbeat's thread alone
     tp_rank: int
+    is_asked: bool = False  # on `heart`, and has not answered
+    is_silent: bool = False  # and was killed for it
     owed: deque[bytes] = field(default_factory=deque)  # what it was asked on `control` and has not answered
     known: dict[bytes, bytes] = field(default_factory=dict)  # its last answer to each question
 
@@ -107,20 +131,36 @@ class _Child:
 class SpawnedExecutor:
     """One child process per tensor rank, each with every stage. Steps are answered by all children."""
 
-    def __init__(self, setups: Sequence[WorkerSetup], *, start_timeout_s: float, progress: LoadProgress) -> None:
-        self._setups, self._start_timeout_s, self._progress = tuple(setups), start_timeout_s, progress
+    def __init__(
+        self,
+        setups: Sequence[WorkerSetup],
+        *,
+        start_timeout_s: float,
+        heartbeat_timeout_s: float,
+        on_step: OnStep,
+    ) -> None:
+        self._setups, self._start_timeout_s, self._on_step = tuple(setups), start_timeout_s, on_step
         self._children: list[_Child] = []
         self._in_flight: deque[int] = deque()
         self._asking = threading.Lock()
         self._memory = OomWatch()
+        self._silence_s = heartbeat_timeout_s
+        self._heartbeat = Heartbeat(self._ask_hearts, self._end_silent, timeout_s=heartbeat_timeout_s)
+        self._ending = threading.Lock()  # guards the next, and who is in _children when it turns true
+        self._closed = False
+        self._is_well = False  # started, and nothing has gone wrong since
 
     def start(self) -> tuple[WorkerReport, ...]:
         deadline = time.monotonic() + self._start_timeout_s
         for tp_rank, setup in enumerate(self._setups):
-            self._children.append(_spawn(tp_rank, setup.threads))
+            with self._ending:
+                if self._closed:
+                    raise ClusterError(_CLOSED)
+                self._children.append(_spawn(tp_rank, setup.threads))
         for child, setup in zip(self._children, self._setups, strict=True):
             self._tell(child, pack_frame("setup", encode(setup)))
         self._answers(deadline)
+        self._on_step(Connecting())
         self._tell(self._children[0], pack_frame("bind"))
         port = self._answers(deadline, self._children[:1])[0][0]["port"]
         for child in self._children:
@@ -130,7 +170,13 @@ class SpawnedExecutor:
             self._tell(child, pack_frame("load"))
         bodies = [body for _, body in self._answers(deadline)]
         reports = [decode(WorkerReport, text.encode()) for body in bodies for text in json.loads(body)]
+        self._is_well = True
         return tuple(sorted(reports, key=lambda report: report.rank))
+
+    def watch(self, on_loss: OnLoss) -> None:
+        with self._ending:
+            if not self._closed:
+                self._heartbeat.start(on_loss)
 
     def submit(self, plan: StepPlan) -> None:
         data = pack_frame("step", encode(plan))
@@ -140,8 +186,12 @@ class SpawnedExecutor:
 
     def collect(self, timeout_s: float) -> StepResult:
         if not self._in_flight or not self._children:
-            raise ClusterError("the executor was closed")
-        answers = self._answers(time.monotonic() + timeout_s)
+            raise ClusterError(_CLOSED)
+        try:
+            answers = self._answers(time.monotonic() + timeout_s)
+        except ClusterError:
+            self._is_well = False
+            raise
         self._in_flight.popleft()
         return decode(StepResult, next(body for _, body in answers if body))
 
@@ -156,11 +206,22 @@ class SpawnedExecutor:
         return self._reports(TimelineReport, TIMELINES)
 
     def close(self) -> None:
-        """Ends the children: a message asks, a kill after two seconds insists. A `collect` elsewhere sees them go."""
+        """Ends the children: a message asks, a kill after two seconds insists. A `collect` elsewhere sees them go.
+
+        Children that are starting, or have lost one of them, hear no message: they are killed.
+        """
+        with self._ending:
+            if self._closed:
+                return
+            self._closed = True
+        self._heartbeat.stop()
+        deadline = time.monotonic() + (_LEAVE_S if self._is_well else 0.0)
         for child in self._children:
+            if not self._is_well:
+                child.process.kill()
+                continue
             with contextlib.suppress(OSError):
                 child.connection.send_bytes(pack_frame("close"))
-        deadline = time.monotonic() + 2
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -168,10 +229,39 @@ class SpawnedExecutor:
                 child.process.kill()
                 child.process.wait(5)
             child.connection.close()
+        self._heartbeat.join()
         with self._asking:  # who asks has seen them go
             for child in self._children:
                 child.control.close()
+                child.heart.close()
             self._children = []
+
+    def _ask_hearts(self, timeout_s: float) -> list[int]:
+        """See `Heartbeat`. One question to a child at a time, so that none of them can ever block us."""
+        deadline = time.monotonic() + timeout_s
+        waiting = {child.heart: child for child in self._children}
+        for child in self._children:
+            if not child.is_asked:
+                with contextlib.suppress(OSError):  # then its end is heard below
+                    child.heart.send_bytes(HEARTBEAT)
+                child.is_asked = True
+        while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+            for heart in ready:
+                child = waiting.pop(heart)  # type: ignore[call-overload]
+                try:
+                    child.heart.recv_bytes()
+                except (EOFError, OSError):
+                    raise self._death(child) from None
+                child.is_asked = False
+        return [child.tp_rank for child in waiting.values()]
+
+    def _end_silent(self, tp_ranks: Sequence[int]) -> WorkerError:
+        """A stopped process can be killed, and whoever waits for it in a collective or a `collect` then knows."""
+        silent = [child for child in self._children if child.tp_rank in tp_ranks]
+        for child in silent:
+            child.is_silent = True
+            child.process.kill()
+        return self._death(silent[0])
 
     def _ask(self, wanted: bytes, timeout_s: float) -> list[int]:
         """Ask every child, also while a step runs; what comes in time goes into `known`. Returns who is late.
@@ -222,7 +312,7 @@ class SpawnedExecutor:
             try:
                 ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             except OSError:
-                raise ClusterError("the executor was closed") from None
+                raise ClusterError(_CLOSED) from None
             if not ready:
                 missing = ", ".join(str(child.tp_rank) for child in waiting.values())
                 raise ClusterError(f"no answer from tensor rank {missing} before the deadline")
@@ -234,12 +324,10 @@ class SpawnedExecutor:
                     raise self._death(child) from None
                 if fields["kind"] == "error":
                     print(body.decode(), file=sys.stderr)
-                    # a rank that is killed is often noticed by its peers first, as a lost connection
-                    words = f"tensor rank {child.tp_rank}: {fields['message']}{self._memory.explain()}"
-                    raise WorkerError(words, rank=child.tp_rank)
+                    raise self._cause(child, str(fields["message"]))
                 if fields["kind"] == "progress":
                     if child.tp_rank == 0:
-                        self._progress(int(str(fields["done"])), int(str(fields["total"])))
+                        self._on_step(Loading(done=int(str(fields["done"])), total=int(str(fields["total"]))))
                     continue
                 answers[child.tp_rank] = (fields, body)
                 del waiting[child.connection]
@@ -251,9 +339,24 @@ class SpawnedExecutor:
         except OSError:
             raise self._death(child) from None
 
+    def _cause(self, child: _Child, message: str) -> WorkerError:
+        """Of an error that a child reports: the death of another one, if there is one."""
+        deadline = time.monotonic() + _NOTICE_S
+        for other in self._children:
+            if other is child:
+                continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                other.process.wait(max(0.0, deadline - time.monotonic()))
+                return self._death(other)
+        words = f"tensor rank {child.tp_rank}: {message}{self._memory.explain()}"
+        return WorkerError(words, rank=child.tp_rank)
+
     def _death(self, child: _Child) -> WorkerError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.process.wait(1)
+        if child.is_silent:
+            words = f"has not answered for {self._silence_s:g} s and was killed (cluster.heartbeat_timeout)"
+            return WorkerError(f"tensor rank {child.tp_rank} (pid {child.process.pid}) {words}", rank=child.tp_rank)
         code = child.process.poll()
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         how += self._memory.explain() if code == -signal.SIGKILL else ""
@@ -262,9 +365,8 @@ class SpawnedExecutor:
 
 def _spawn(tp_rank: int, threads: int) -> _Child:
     """A fresh interpreter on this one's import path; no fork (threads), no re-import of the user's main module."""
-    ours, theirs = socket.socketpair()
-    our_control, their_control = socket.socketpair()
-    fds = [theirs.fileno(), their_control.fileno()]
+    pairs = [socket.socketpair() for _ in range(3)]
+    fds = [theirs.fileno() for _, theirs in pairs]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -278,6 +380,19 @@ def _spawn(tp_rank: int, threads: int) -> _Child:
             stdin=subprocess.DEVNULL,
         )
     finally:
-        theirs.close()
-        their_control.close()
-    return _Child(process, Connection(ours.detach()), Connection(our_control.detach()), tp_rank)
+        for _, theirs in pairs:
+            theirs.close()
+    connection, control, heart = (Connection(ours.detach()) for ours, _ in pairs)
+    return _Child(process, connection, control, heart, tp_rank)
+
+
+def _words(error: BaseException) -> str:
+    """Errors of our own tree say where they are from."""
+    return str(error) if isinstance(error, ClusterError) else f"{type(error).__name__}: {error}"
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """They hold the stages, whose memory is needed for those that take their place while somebody keeps the error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -17,7 +17,10 @@ from dist_infer.worker import collectives
 from dist_infer.worker.pass_log import PassLog
 from dist_infer.worker.setup import WorkerSetup
 from dist_infer.worker.stage_runner import StageRunner
+from partition.errors import ClusterError
 from partition.plan import Plan, plan_from_json
+
+_NUM_NAMED = 8  # requests in an error's words
 
 
 class RankHost:
@@ -81,7 +84,15 @@ class RankHost:
         return tuple(stage.worker_report(socket.gethostname(), os.getpid(), rss) for stage in self._stages)
 
     def step(self, plan: StepPlan) -> StepResult | None:
-        """One step through the stages here. The result on tp_rank 0 of the last stage, None elsewhere."""
+        """One step through the stages here. The result on tp_rank 0 of the last stage, None elsewhere.
+
+        Raises ClusterError for a step of another gang, and with the place for whatever a stage raises.
+        """
+        if plan.epoch != self._setup.epoch:
+            raise ClusterError(
+                f"step {plan.step_id} is of gang {plan.epoch}, and the ranks {list(self._setup.ranks)} are of gang "
+                f"{self._setup.epoch}: they take no part in it"
+            )
         hidden: torch.Tensor | None = None
         result: StepResult | None = None
         for stage in self._stages:
@@ -120,16 +131,26 @@ class RankHost:
 
     def _run(self, stage: StageRunner, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | StepResult:
         log = self._logs.get(stage.rank_plan.rank)
-        if log is None:
-            return stage.run(plan, hidden)
-        before, start_s = stage.stream_report(), time.perf_counter()
-        output = stage.run(plan, hidden)
-        log.add(plan, start_s, before, stage.stream_report())
+        before, start_s = None if log is None else stage.stream_report(), time.perf_counter()
+        try:
+            output = stage.run(plan, hidden)
+        except Exception as error:
+            raise ClusterError(f"{type(error).__name__}: {error} ({_place(stage, plan)})") from error
+        if log is not None and before is not None:
+            log.add(plan, start_s, before, stage.stream_report())
         return output
 
     @property
     def _world_size(self) -> int:
         return self._plan.tensor if self._hosts_all_stages else len(self._plan.ranks)
+
+
+def _place(stage: StageRunner, plan: StepPlan) -> str:
+    """Where a step was when it failed, and whose it was."""
+    requests = list(dict.fromkeys(chunk.request_id for batch in plan.micro_batches for chunk in batch))
+    more = f" and {len(requests) - _NUM_NAMED} more" if len(requests) > _NUM_NAMED else ""
+    unit = f", unit {stage.unit!r}" if stage.unit else ""
+    return f"rank {stage.rank_plan.rank}{unit}, step {plan.step_id}, requests {', '.join(requests[:_NUM_NAMED])}{more}"
 
 
 def _num_resident(stage: StageRunner) -> int:

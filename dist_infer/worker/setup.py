@@ -27,7 +27,7 @@ class WorkerSetup:
     `ranks`: one rank for a Ray actor; all stages of one tp_rank for the local executor. `config_json`: the model's
     config.json. `devices`: torch device of each of the ranks. `reader`: what reads the store.
     `threads`: compute threads of this process.
-    `timeline`: record when each unit is read and computed.
+    `timeline`: record when each unit is read and computed. `epoch`: of the gang; steps of another are refused.
     """
 
     plan_json: str
@@ -40,6 +40,7 @@ class WorkerSetup:
     threads: int
     step_timeout_s: float
     timeline: bool = False
+    epoch: int = 0
 
 
 def store_key(location: StoreLocation) -> StoreKey:

@@ -74,6 +74,7 @@ class StageRunner:
         timeline: Timeline | None = None,
     ) -> None:
         self.rank_plan = plan.ranks[rank]
+        self.unit = ""  # that is being computed, for whoever reports an error
         self.dtype = DTYPES[plan.dtype]
         self.device = torch.device(device)
         if self.device.type == "cuda":
@@ -153,6 +154,7 @@ class StageRunner:
         Returns hidden states of the same shape, or on the last stage the result (empty unless tp_rank 0).
         """
         before, started, communicated = self._times, time.monotonic(), self._group.seconds
+        self.unit = ""
         self._take_in(plan)
         micro_batches = plan.micro_batches
         if self._sequences is not None:  # each sequence by itself, over its own cache
@@ -170,6 +172,7 @@ class StageRunner:
                 calls.append(self.model.begin(batch.token_ids, batch.position_ids, part, cache))
         layer, noted = self.rank_plan.first_layer, started
         for index, unit in enumerate(self._units):
+            self.unit = unit
             self.model.bind(unit, self._streamer.wait(index))
             if unit == "embed":
                 calls = [

@@ -336,7 +336,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
     }
     run = ["--json", "--set", "file"]
     assert found == {
-        "launch": run,
+        "launch": ["--detach", "--json", "--no-preflight", "--set", "file"],
         "generate": ["--json", "--prompt", "--set", "file"],
         "plan": ["--hardware", *run],
         "pack": run,
@@ -346,6 +346,7 @@ def test_the_commands_and_their_flags_are_these() -> None:
             *("--all", "--deadline", "--every-layout", "--jobs", "--json", "--pipeline", "--tensor", "--write"),
             *("--write-types", "targets"),
         ],
+        "doctor": run,
         "top": ["--interval", "--key-env", "--once", "url"],
         "schema": [],
         "version": [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import settings
@@ -47,15 +48,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def build(self, **config: Any) -> None:
         self.config = SchedulerConfig(max_model_len=40, **config)
         self.scheduler = Scheduler(self.config)
+        self.start_ranks()
+        self.live: dict[str, Request] = {}
+        self.in_flight: list[StepPlan] = []
+        self.num_added = 0
+
+    def start_ranks(self) -> None:
         self.executor = FakeExecutor(
             num_kv_blocks=self.config.num_kv_blocks,
             block_tokens=self.config.block_tokens,
             vocab_size=VOCAB,
             max_batch_tokens=self.config.max_batch_tokens,
         )
-        self.live: dict[str, Request] = {}
-        self.in_flight: list[StepPlan] = []
-        self.num_added = 0
 
     @rule(
         num_prompt=st.integers(1, 12),
@@ -74,7 +78,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         try:
             self.scheduler.add(request)
         except ConfigError:
-            assert num_prompt + max_tokens > self.config.num_kv_blocks * self.config.block_tokens
+            room = self.config.num_kv_blocks * self.config.block_tokens
+            assert min(num_prompt + max_tokens, self.config.max_model_len) > room or num_prompt >= (
+                self.config.max_model_len
+            )
             return
         self.live[name] = request
         self.num_added += 1
@@ -152,6 +159,34 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.live[request.id]
                 expected = solo_run(request.prompt_token_ids, request.token_limit, request.params)
                 assert request.output_token_ids == expected
+
+    @rule()
+    def lose_the_ranks(self) -> None:
+        """With whatever is in flight; the ones that come know nothing, and every answer goes on where it was."""
+        before = {name: list(request.token_ids) for name, request in self.live.items()}
+        assert self.scheduler.rewind() == []
+        assert {name: request.token_ids for name, request in self.live.items()} == before
+        assert all(request.state is RequestState.WAITING for request in self.live.values())
+        assert self.scheduler.num_free_blocks == self.config.num_kv_blocks
+        self.in_flight.clear()
+        self.start_ranks()
+
+    @rule(
+        num_kv_blocks=st.integers(3, 10),
+        block_tokens=st.integers(1, 3),
+        max_requests=st.integers(1, 8),
+        max_model_len=st.integers(8, 40),
+    )
+    def lose_the_ranks_for_others(self, **changes: int) -> None:
+        """Whoever cannot be finished by the new ones is given back, with what it had so far, and nobody else."""
+        self.config = replace(self.config, **changes)
+        misfits = {request.id for request in self.scheduler.rewind(self.config)}
+        most = min(self.config.max_model_len, self.config.num_kv_blocks * self.config.block_tokens)
+        assert misfits == {name for name, request in self.live.items() if request.token_limit > most}
+        for name in misfits:
+            assert self.live.pop(name).state is RequestState.FINISHED
+        self.in_flight.clear()
+        self.start_ranks()
 
     @rule(sizes=st.lists(st.tuples(st.integers(1, 3), st.integers(4, 8)), min_size=2, max_size=5))
     def arrive_together(self, sizes: list[tuple[int, int]]) -> None:

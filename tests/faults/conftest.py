@@ -161,7 +161,7 @@ def run_config(model: Path, store: Path, **sections: Mapping[str, Any]) -> dict[
             "max_requests": 4,
             "max_model_len": 240,
         },
-        "cluster": {"device": "cpu"},
+        "cluster": {"device": "cpu", "max_restarts": 0},  # what is given out when ranks are lost, not what comes after
     }
     for name, values in sections.items():
         config[name] = {**config.get(name, {}), **values}

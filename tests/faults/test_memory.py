@@ -160,7 +160,7 @@ def test_a_rank_killed_for_memory_is_said_to_be(
     executor: str, group: MemoryGroup, write_run: Callable[..., Path]
 ) -> None:
     """Two ranks serve, and another program takes the rest of the memory: a rank is killed, and not the parent."""
-    run = write_run(parallel={"tensor": 2}, cluster={"device": "cpu", "executor": executor})
+    run = write_run(parallel={"tensor": 2}, cluster={"device": "cpu", "executor": executor, "max_restarts": 0})
     process = group.start(sys.executable, "-c", SERVE, run)
     lines = iter(process.stdout.readline, "")
     before = next((line for line in lines if line == "serving\n"), None)

@@ -148,6 +148,7 @@ class LateRanks:
         self._llm, self.is_late = llm, threading.Event()
         self.let_go = threading.Event()
         self.plan, self.worker_reports, self.stats, self.failure = llm.plan, llm.worker_reports, llm.stats, None
+        self.state = llm.state
 
     def stream_reports(self) -> tuple[StreamReport, ...]:
         if self.is_late.is_set():

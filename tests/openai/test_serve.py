@@ -187,6 +187,8 @@ def test_behind_serves_own_proxy(run_file: Path, tmp_path: Path) -> None:
 
 def test_beyond_this_machine_needs_keys(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards rule 7: an endpoint without keys is never reachable from elsewhere, and nothing is started for it."""
+    from launch.runs.announce import Announcer
+    from launch.runs.run import Run
     from launch.serve import build_app, serve_until_signal
 
     monkeypatch.delenv("DIST_INFER_API_KEYS", raising=False)
@@ -194,7 +196,7 @@ def test_beyond_this_machine_needs_keys(run_file: Path, monkeypatch: pytest.Monk
         config = load_config(run_file, [f"run.host='{host}'"])
         assert config.run is not None
         with pytest.raises(ConfigError, match=r"run\.host"):
-            serve_until_signal(config, config.run)  # type: ignore[arg-type]
+            serve_until_signal(config, config.run, Run(config, run_file, Announcer(None, None)))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="API key"):
         build_app({"config": str(run_file)})
     with pytest.raises(ConfigError, match="args are"):

@@ -116,8 +116,8 @@ def test_ctrl_c_ends_everything(
 
 
 def test_a_killed_rank_ends_the_run_with_its_name(run_file: Path, started: list[Run]) -> None:
-    """A lost rank is an error with exit code 4, not a hang."""
-    run = Run(run_file)
+    """Where none may take its place: an error with exit code 4, not a hang."""
+    run = Run(run_file, "--set", "cluster.max_restarts=0")
     started.append(run)
     run.until("ready")
     run.until("[1]")

@@ -36,13 +36,13 @@ class Children:
     """An executor whose two children are the test: it answers for them, or does not."""
 
     def __init__(self) -> None:
-        self.executor = SpawnedExecutor((), start_timeout_s=1, progress=lambda done, total: None)
+        self.executor = SpawnedExecutor((), start_timeout_s=1, heartbeat_timeout_s=5, on_step=lambda step: None)
         self.controls: list[Connection] = []
         for tp_rank in range(2):
             process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-            (ours, theirs), (connection, _) = Pipe(), Pipe()
+            (ours, theirs), (connection, _), (heart, _) = Pipe(), Pipe(), Pipe()
             self.controls.append(theirs)
-            self.executor._children.append(local_executor._Child(process, connection, ours, tp_rank))
+            self.executor._children.append(local_executor._Child(process, connection, ours, heart, tp_rank))
 
     def close(self) -> None:
         for child in self.executor._children:

@@ -13,11 +13,13 @@ import { wireTheme } from "./theme.js";
 const PHASES = {
   ready: "Ready",
   loading: "Loading",
+  degraded: "Restarting",
   draining: "Shutting down",
   failed: "Failed",
   unreachable: "Unreachable",
 };
 const WORDS = {
+  degraded: "A part of the model was lost and is being replaced: answers pause and go on by themselves.",
   draining: "The server is shutting down: open answers finish, new ones are refused.",
   failed: "The engine has failed. Whoever runs the server finds the reason in its log.",
   unreachable: "The server cannot be reached. Trying again every second.",

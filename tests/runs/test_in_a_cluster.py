@@ -1,0 +1,74 @@
+"""A run in a Ray cluster that was there before it and stays: what a killed driver leaves there is found and removed."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from named_runs import MARK, Shell, WriteRun, read_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+START = """
+import ray, sys
+context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
+print("at", context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+LEFT = """
+import ray, sys
+from ray import serve
+from ray.util.placement_group import placement_group_table
+from launch.runs.cluster import read_worker_log
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+groups = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+offsets = {}
+texts = [text for _ in range(2) for _, text in read_worker_log(sys.argv[1], sys.argv[2], False, offsets)]
+print(len(serve.status().applications), len(groups), len(texts))
+"""
+
+
+@pytest.fixture
+def address(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a Ray on this machine, with a token."""
+    for name, value in (("RAY_AUTH_MODE", "token"), ("RAY_AUTH_TOKEN", secrets.token_hex(32))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv(MARK, shell.mark)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", START], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    yield read_until(process, "at ").splitlines()[-1].split()[1]
+    process.communicate()
+
+
+def left(address: str, label: str) -> list[int]:
+    """Applications, placement groups, logs of rank 0 that are read with text in them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT, address, f"{label}: rank 0"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_a_killed_driver(address: str, shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
+    """T07, T27: Serve keeps the endpoint; the name stays known, in the cluster too, until `down` removes all of it."""
+    file = write_run(tmp_path, cluster={"executor": "ray", "address": address})
+    process = shell.start("launch", file)
+    read_until(process, "serving")
+    record = shell.record("tiny")
+    label = f"tiny-{record.run_id[:8]}"
+    assert "rank 0" in shell.run("logs", "tiny", "0").out
+    process.kill()
+    process.communicate()
+    assert left(address, label) == [1, 1, 1]
+    (directory,) = shell.state.glob("dist-infer/*/tiny")
+    directory.rename(tmp_path / "elsewhere")  # as if it had been launched on another machine
+    refused = shell.run("launch", file)
+    assert (refused.code, f"as the application {label}" in refused.err) == (2, True)
+    (tmp_path / "elsewhere").rename(directory)
+    done = shell.run("down", "tiny")
+    assert (done.code, done.out) == (0, "tiny: was killed already; what it left is gone\n")
+    assert left(address, label)[:2] == [0, 0]
