@@ -279,8 +279,9 @@ def test_where_there_are_no_others_all_fail_with_both_causes(run: Callable[..., 
     gangs = Gangs({"fail_at_step": 2})
     gangs.refusal = ClusterError("no gang is left")
     loop, clients = run(gangs), [Client() for _ in PROMPTS]
-    for index, client in enumerate(clients):
-        loop.submit(f"r{index}", PROMPTS[index], None, greedy(), client)
+    with loop.together():
+        for index, client in enumerate(clients):
+            loop.submit(f"r{index}", PROMPTS[index], None, greedy(), client)
     for client in clients:
         end = client.end()
         assert isinstance(end, Failed)
