@@ -1,6 +1,6 @@
 """Two stages with a disk each against one: does a pipeline keep both disks busy?
 
-    python benchmarks/pipeline.py [--rate 200e6] [--new-tokens 12]
+    python benchmarks/pipeline.py [--rate 200e6] [--new-tokens 24]
 
 Two Ray nodes on this machine, each rank with a reader of its own that delivers `--rate` bytes per second; a random
 llama of 270 MB in float32, as good as all of it streamed. A step serves two requests, and as many steps are in flight
@@ -36,7 +36,7 @@ _STEP_BYTES = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=200e6)
-    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--new-tokens", type=int, default=24)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = make_model(Path(directory) / "model")

@@ -256,6 +256,6 @@ class RayExecutor:
 
 
 def _brief(error: BaseException) -> str:
-    """Ray's message without the trace in its middle: what happened, and the error that was raised last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Ray's message without the trace in its middle and its guesses: what happened, and the error raised last."""
+    lines = [line.strip().partition(" Some common causes")[0] for line in str(error).splitlines() if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"

@@ -37,9 +37,10 @@ class Shell:
         self.state = directory / "state"
         self.mark = directory.name + os.urandom(4).hex()
         self._directory = directory
+        self._started: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
             [*_COMMAND, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -47,8 +48,9 @@ class Shell:
             start_new_session=True,
             cwd=self._directory,
             env=self._environment(),
-            **options,
         )
+        self._started.append(process)
+        return process
 
     def run(self, *arguments: object, timeout_s: float = 150) -> Done:
         found = subprocess.run(
@@ -107,6 +109,9 @@ class Shell:
     def close(self) -> None:
         for process in self.processes():
             process.kill()
+        for started in self._started:
+            started.kill()
+            started.communicate()
 
     def _environment(self) -> dict[str, str]:
         paths = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -25,7 +25,6 @@ from launch.doctor.planning import plan_for
 from launch.doctor.running import Running
 
 Doctor = Callable[..., Any]
-STREAMED = {"host_memory": "2300 KiB"}
 
 
 def test_a_machine_without_faults(doctor: Doctor, tmp_path: Path) -> None:
@@ -172,9 +171,12 @@ def test_copies_are_equal_whatever_their_times_and_other_weights_are_not(
     assert "no model at" in found[3].what
 
 
-def test_a_rate_counts_by_what_it_costs(content: dict[str, Any]) -> None:
+def test_a_rate_counts_by_what_it_costs(content: dict[str, Any], tiny_checkpoint: Callable[..., Path]) -> None:
     """A slow disk under weights that stay in memory is no problem; a slow network is one where stages are apart."""
-    config = load_config({**content, "parallel": {"pipeline": 2}, "offload": {**content["offload"], **STREAMED}})
+    larger = tiny_checkpoint("llama", num_hidden_layers=12, intermediate_size=1536)
+    streamed = {"model": {"path": str(larger)}, "offload": {**content["offload"], "host_memory": "8 MiB"}}
+    few = {"engine": {**content["engine"], "max_batch_tokens": 16}}
+    config = load_config({**content, **streamed, **few, "parallel": {"pipeline": 2}})
     model = open_model(config)
     facts = machine_facts(with_devices=False)
     nodes = [replace(facts, name=name) for name in "ab"]

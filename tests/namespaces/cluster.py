@@ -66,7 +66,7 @@ class Cluster:
             "parallel": {"tensor": 2, "pipeline": 2},
             "offload": {"store": str(self.disk / "stores"), "host_memory": "64 MiB", "reader": "threads"},
             "engine": {"max_requests": 4, "max_model_len": 200, "kv_memory": "2 MiB", "max_batch_tokens": 16},
-            "cluster": {"executor": "ray", "address": "auto", "device": "cpu", "start_timeout": "60 s"},
+            "cluster": {"executor": "ray", "address": f"{self.hosts[0].address}:6379", "device": "cpu"},
             "run": {"kind": "generate", "chat": False, "max_tokens": 24, "ignore_eos": True, "prompts": PROMPTS},
         }
         for name, values in sections.items():

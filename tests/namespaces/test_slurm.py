@@ -35,7 +35,8 @@ def test_a_job_runs_over_its_machines_and_leaves_no_token(tmp_path: Path, tiny_m
             "SLURM_JOB_NODELIST": "host[0-1]",
             "RAY_START_ARGS": "--num-cpus=4",
         }
-        output = hosts[0].run(["bash", SCRIPT, file, "--json"], environment, timeout_s=240)
+        command = ["bash", SCRIPT, file, "--json", "--set", "cluster.address=auto"]  # the job says which
+        output = hosts[0].run(command, environment, timeout_s=240)
     document = json.loads(output[output.index("\n{") :] if "\n{" in output else output)
     assert [rank["node"] for rank in document["plan"]["ranks"]] == [0, 0, 1, 1]
     assert all(len(tokens) == 24 for tokens in tokens_of(document))
