@@ -153,7 +153,8 @@ def _offline(
     )
     if done.returncode:
         raise RuntimeError(f"{script} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM logs to stdout, too, behind its figures
+    figures: dict[str, float] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     return figures
 
 

@@ -47,7 +47,12 @@ def test_every_file_is_read_and_nothing_is_left_behind(files: list[Path], monkey
         rates = raw.sweep(0.05)
         assert {rate.setting for rate in rates} == set(SMALL)
         assert rates[0].bytes_per_s >= rates[1].bytes_per_s > 0
-        assert {(fd, start) for fd in raw._fds for start in range(0, 5 * 4096, 8192)} <= seen
+        wanted = {(fd, start) for fd in raw._fds for start in range(0, 5 * 4096, 8192)}
+        for _ in range(100):  # a busy machine reads few in so short a time
+            if wanted <= seen:
+                break
+            raw.sweep(0.05)
+        assert wanted <= seen
         assert raw.measure(0.02, settle_bytes=4 * 8192).setting in SMALL
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("raw-")]
 
@@ -66,6 +71,7 @@ def test_files_that_cannot_be_read_end_it(files: list[Path], tmp_path: Path) -> 
 
 def test_asynchronous_reads_are_bounded_and_leave_nothing_behind(files: list[Path]) -> None:
     """Guards against reads that go on writing to memory after the measurement, and against a leaked thread."""
+    others = set(threading.enumerate())  # an engine that other tests share has its readers
     with RawRead(files, [*SMALL, AIO]) as raw:
         rates = {rate.setting: rate.bytes_per_s for rate in raw.sweep(0.06)}
         assert rates.keys() >= set(SMALL)
@@ -74,4 +80,5 @@ def test_asynchronous_reads_are_bounded_and_leave_nothing_behind(files: list[Pat
         if AIO in rates:  # where the kernel has none, threads alone are measured
             with pytest.raises(StoreError, match=r"0\.bin"):
                 raw._run(AIO, 0.05, 0)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("raw-", "reader-aio"))]
+    left = set(threading.enumerate()) - others
+    assert not [thread for thread in left if thread.name.startswith(("raw-", "reader-aio"))]
