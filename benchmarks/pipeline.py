@@ -1,11 +1,14 @@
-"""Two stages with a disk each against one: does a pipeline keep both disks busy?
+"""Two nodes against one, each with a disk of its own: does a pipeline keep both disks busy?
 
-    python benchmarks/pipeline.py [--rate 200e6] [--new-tokens 24]
+    python benchmarks/pipeline.py [--rate 200e6] [--new-tokens 12] [--rounds 3]
 
-Two Ray nodes on this machine, each rank with a reader of its own that delivers `--rate` bytes per second; a random
-llama of 270 MB in float32, as good as all of it streamed. A step serves two requests, and as many steps are in flight
-as there are stages: so two stages have four requests. Everything waits for the simulated disks, so other load on the
-machine hardly matters. Prints JSON.
+Ray nodes on this machine, each rank with a reader of its own that delivers `--rate` bytes per second; a random llama
+of 270 MB in float32, as good as all of it streamed. Four requests. Every node has the same memory for KV rows, room for
+two requests over all layers: so one stage serves them two at a time, and two stages, with half of the layers each, all
+four, two in each of two steps in flight. Beside that one stage with room for four.
+
+The arrangements take turns; medians are printed as JSON. All must give the same tokens. Everything waits for the
+simulated disks, so other load on the machine matters little.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -29,38 +33,54 @@ from dist_infer.errors import BudgetError
 from dist_infer.startup import open_model, plan_run
 from partition.hardware import HardwareFacts, NodeFacts
 
-PER_STEP = 2
+REQUESTS = 4
+BLOCK_TOKENS = 32  # a request's prompt and answer
+PROMPT_TOKENS = 8
+LAYERS, HIDDEN = 16, 512
+_KV_BYTES = BLOCK_TOKENS * LAYERS * HIDDEN * 2 * 4  # of a request, over all layers
 _STEP_BYTES = 1 << 20
+ARRANGEMENTS = {  # stages, requests that one node has memory for over all layers
+    "one stage": (1, REQUESTS // 2),
+    "one stage, memory for all four": (1, REQUESTS),
+    "two stages": (2, REQUESTS // 2),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=200e6)
-    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=12, help=f"at most {BLOCK_TOKENS - PROMPT_TOKENS}")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARRANGEMENTS}
     with tempfile.TemporaryDirectory() as directory:
         model = make_model(Path(directory) / "model")
         connect(options.rate)
-        one = measure(model, Path(directory), stages=1, requests=PER_STEP, options=options)
-        same = measure(model, Path(directory), stages=1, requests=2 * PER_STEP, options=options)
-        two = measure(model, Path(directory), stages=2, requests=2 * PER_STEP, options=options)
-    found = {
+        for _ in range(options.rounds):
+            for name, (stages, room) in ARRANGEMENTS.items():
+                config = run_file(model, Path(directory), stages, room)
+                config["offload"]["host_memory"] = least_memory(config)
+                found[name].append(measure(config, options))
+    tokens = {json.dumps(run.pop("tokens")) for runs in found.values() for run in runs}
+    if len(tokens) != 1:
+        raise SystemExit("the arrangements gave different tokens")
+    medians = {name: statistics.median(run["tokens_per_s"] for run in runs) for name, runs in found.items()}
+    answer = {
         "bytes_per_s_of_each_disk": options.rate,
-        "one stage, a step in flight": one,
-        "one stage, all four in one step": same,
-        "two stages, two steps in flight": two,
-        "two_to_one": two["tokens_per_s"] / one["tokens_per_s"],
+        "median_tokens_per_s": medians,
+        "two_to_one": medians["two stages"] / medians["one stage"],
+        "runs": found,
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(answer, indent=1))
 
 
 def make_model(path: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=512,
+        hidden_size=HIDDEN,
         intermediate_size=2048,
-        num_hidden_layers=16,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=256,
@@ -88,13 +108,19 @@ def connect(rate: float) -> None:
     )
 
 
-def run_file(model: Path, store: Path, stages: int, requests: int) -> dict[str, Any]:
+def run_file(model: Path, store: Path, stages: int, room: int) -> dict[str, Any]:
     return {
-        "name": f"pipeline-{stages}-{requests}",
+        "name": f"pipeline-{stages}-{room}",
         "model": {"path": str(model), "dtype": "float32"},
         "parallel": {"pipeline": stages},
         "offload": {"store": str(store / "stores"), "reader": "threads", "slots": 2},
-        "engine": {"kv_memory": "16 MiB", "max_batch_tokens": 16, "max_requests": requests, "max_model_len": 64},
+        "engine": {
+            "kv_memory": room * _KV_BYTES,
+            "block_tokens": BLOCK_TOKENS,
+            "max_batch_tokens": REQUESTS * PROMPT_TOKENS,
+            "max_requests": REQUESTS,
+            "max_model_len": BLOCK_TOKENS,
+        },
         "cluster": {"executor": "ray", "address": "auto", "device": "cpu"},
     }
 
@@ -132,28 +158,27 @@ def least_memory(config: dict[str, Any]) -> int:
     return enough
 
 
-def measure(model: Path, store: Path, *, stages: int, requests: int, options: argparse.Namespace) -> dict[str, Any]:
-    config = run_file(model, store, stages, requests)
-    config["offload"]["host_memory"] = least_memory(config)
+def measure(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """One start; the first pass is not counted."""
+    prompts = [[(7 * number + 3 * index) % 500 + 5 for index in range(PROMPT_TOKENS)] for number in range(REQUESTS)]
     params = SamplingParams(max_tokens=options.new_tokens, temperature=0, ignore_eos=True)
     with LLM(config) as llm:
-        prompts = [[index + 3, index + 4, index + 5] for index in range(requests)]
-        llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))  # the cold pass
+        llm.generate(prompts[:1], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         before, started = llm.stream_reports(), time.monotonic()
         outputs = llm.generate(prompts, params)
         seconds = time.monotonic() - started
-        after = llm.stream_reports()
-        plan = llm.plan
-    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        after, plan = llm.stream_reports(), llm.plan
     read = [end.bytes_read - start.bytes_read for start, end in zip(before, after, strict=True)]
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
     return {
-        "requests": requests,
         "steps_in_flight": plan.max_steps_in_flight,
-        "nodes": sorted({rank.node for rank in plan.ranks}),
+        "nodes": len({rank.node for rank in plan.ranks}),
+        "kv_blocks": plan.num_kv_blocks,
         "streamed_bytes_per_pass": [rank.streamed_bytes_per_pass for rank in plan.ranks],
-        "tokens_per_s": tokens / seconds,
         "seconds": seconds,
+        "tokens_per_s": sum(map(len, tokens)) / seconds,
         "disk_busy": [count / (options.rate * seconds) for count in read],
+        "tokens": tokens,
     }
 
 

@@ -6,7 +6,7 @@ nothing in this package knows Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -93,10 +93,12 @@ class Backend(Protocol):
 
     def executor(self, spec: RankSpec, on_step: OnStep) -> Executor: ...
 
-    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
+    def drop_lost_nodes(self, plan: Plan, ended: Mapping[int, Sequence[int]]) -> tuple[str, ...]:
         """The names of the plan's nodes that are gone or silent; facts asked for after this are of others.
 
-        plan: of the last facts; without lost nodes it still fits. Raises ClusterError when the cluster does not answer.
+        plan: of the last facts; without lost nodes it still fits. ended: by node, the processes of ranks that were
+        killed; waits a moment for them to be gone, as their memory is wanted. Raises ClusterError when the cluster does
+        not answer.
         """
         ...
 
@@ -135,15 +137,17 @@ class LocalBackend:
         return Footprint(rank_bytes=rank_bytes, launcher_bytes=PROCESS_FOOTPRINT_BYTES)
 
     def executor(self, spec: RankSpec, on_step: OnStep) -> Executor:
-        from dist_infer.worker.local_executor import InProcessExecutor, SpawnedExecutor
-
         plan, timeout = spec.plan, self._config.start_timeout
         # Stages of one process compute one after the other: each may use what its process may use.
         threads = min(max(rank.threads for rank in plan.ranks) * plan.pipeline, max(1, cores() // plan.tensor))
         if plan.tensor == 1:
+            from dist_infer.worker.in_process_executor import InProcessExecutor
+
             ranks = tuple(range(plan.pipeline))
             setup = spec.setup(ranks, _devices(plan, ranks), threads)
             return InProcessExecutor(setup, start_timeout_s=timeout, on_step=on_step)
+        from dist_infer.worker.local_executor import SpawnedExecutor
+
         setups = []
         for tp_rank in range(plan.tensor):
             ranks = tuple(stage * plan.tensor + tp_rank for stage in range(plan.pipeline))
@@ -155,8 +159,8 @@ class LocalBackend:
             on_step=on_step,
         )
 
-    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
-        return ()
+    def drop_lost_nodes(self, plan: Plan, ended: Mapping[int, Sequence[int]]) -> tuple[str, ...]:
+        return ()  # and its executors wait for their processes
 
     def computes_here(self, plan: Plan) -> bool:
         return plan.tensor == 1

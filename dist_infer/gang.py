@@ -74,7 +74,10 @@ class Gang:
         """
         self.executor.close()
         prepared, cost = self._prepared, ""
-        if lost := self._backend.drop_lost_nodes(prepared.plan):
+        ended: dict[int, list[int]] = {}
+        for report in self.reports:
+            ended.setdefault(prepared.plan.ranks[report.rank].node, []).append(report.pid)
+        if lost := self._backend.drop_lost_nodes(prepared.plan, ended):
             prepared = self._prepare()
             cost = _cost(lost, self._prepared.plan, prepared.plan)
         prepared = replace(prepared, spec=replace(prepared.spec, epoch=epoch))

@@ -15,6 +15,7 @@ from partition.errors import ClusterError
 OnLoss = Callable[[ClusterError], None]
 _INTERVAL_S = 1.0
 _ROUNDS = 5  # at least: one answer that is late is no silence
+_JOIN_S = 5.0  # a round takes one at most
 
 
 class Heartbeat:
@@ -50,7 +51,7 @@ class Heartbeat:
     def join(self) -> None:
         """After `stop`: wait for the round that is under way. It ends at once where those it asks are gone."""
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
         missed: dict[int, int] = {}

@@ -31,7 +31,7 @@ from dist_infer.startup import OnProgress, Progress, progress_of
 from dist_infer.summary import RunSummary, summarise
 from dist_infer.supervisor import Supervisor
 from dist_infer.tokenizer import Tokenizer
-from partition.errors import CheckpointError, ConfigError
+from partition.errors import CheckpointError, ClusterError, ConfigError
 from partition.plan import Plan
 
 Prompt = str | Sequence[int]
@@ -60,6 +60,7 @@ class LLM:
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         show = on_progress or _silent
+        self._timeline = timeline
         with ExitStack() as stack:
             self._supervisor = Supervisor(run.cluster, lambda state: show(progress_of(state)))
             self.gang = Gang(run, self._supervisor.note, timeline=timeline)
@@ -330,10 +331,15 @@ class LLM:
     def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
         """Cumulative streaming figures of every rank, by rank. Any thread may ask at any time, also while steps run.
 
-        Ranks that have not answered within `timeout_s` are given as they were last known, or not at all. Raises
-        ClusterError when a rank is found to be lost.
+        Ranks that have not answered within `timeout_s` are given as they were last known, or not at all; none while
+        they are being replaced. Raises ClusterError when a rank is lost for good.
         """
-        return self.gang.executor.stream_reports(timeout_s)
+        try:
+            return self.gang.executor.stream_reports(timeout_s)
+        except ClusterError:
+            if self._timeline or self.failure is not None:
+                raise
+            return ()
 
     def timelines(self) -> tuple[TimelineReport, ...]:
         """What every rank did since the last call; empty without `timeline=True`."""

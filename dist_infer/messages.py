@@ -213,6 +213,7 @@ class WorkerReport:
     reader: str  # e.g. "threads, O_DIRECT"
     kernels: str  # what computes from encoded weights; empty where none are
     load_s: float
+    sums: str = ""  # by what the tensor-parallel ranks add up, and why; empty for a rank alone
 
 
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}  # building one takes milliseconds

@@ -57,10 +57,15 @@ def summarise(
     wall_s: float,
     facts: HardwareFacts,
 ) -> RunSummary:
-    """before, after: the ranks' cumulative reports around the run. facts: of the first node, measured at start."""
+    """before, after: the ranks' cumulative reports around the run. facts: of the first node, measured at start.
+
+    Of ranks that were lost there may be no report: then they count as if they had just begun, or done nothing.
+    """
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     generated = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-    spent = [difference(start, end) for start, end in zip(before, after, strict=True)]
+    starts, ends = ({report.rank: report for report in reports} for reports in (before, after))
+    none = [nothing(rank) for rank in range(len(plan.ranks))]
+    spent = [difference(starts.get(each.rank, each), ends.get(each.rank, each)) for each in none]
     passes = max((report.num_passes for report in spent), default=0)
     read = sum(report.bytes_copied if plan.device == "cuda" else report.bytes_read for report in spent)
     total = sum(unit.num_bytes for rank in plan.ranks for unit in rank.units)
@@ -100,7 +105,7 @@ def summarise(
 def difference(start: StreamReport, end: StreamReport) -> StreamReport:
     """What one rank did between two of its cumulative reports; of one that was replaced in between, since it began."""
     if end.num_passes < start.num_passes or end.busy_s < start.busy_s:
-        start = StreamReport(end.rank, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+        start = nothing(end.rank)
     return StreamReport(
         rank=end.rank,
         num_passes=end.num_passes - start.num_passes,
@@ -111,6 +116,21 @@ def difference(start: StreamReport, end: StreamReport) -> StreamReport:
         communication_s=end.communication_s - start.communication_s,
         compute_s=end.compute_s - start.compute_s,
         num_tokens=end.num_tokens - start.num_tokens,
+    )
+
+
+def nothing(rank: int) -> StreamReport:
+    """Of a rank that has just begun."""
+    return StreamReport(
+        rank=rank,
+        num_passes=0,
+        bytes_read=0,
+        bytes_copied=0,
+        stall_s=0.0,
+        busy_s=0.0,
+        communication_s=0.0,
+        compute_s=0.0,
+        num_tokens=0,
     )
 
 

@@ -22,7 +22,7 @@ from dist_infer.engine.executor import Executor
 from dist_infer.engine.recover import Recovered
 from dist_infer.engine.scheduler import SchedulerConfig
 from dist_infer.gang_state import Degraded, Draining, Failed, GangState, Placing, Ready, Step
-from partition.errors import ClusterError
+from partition.errors import ClusterError, ClusterGoneError
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +99,9 @@ class Supervisor:
             started_s = self._clock()
             try:
                 cost = gang.replace(self._epoch)
+            except ClusterGoneError as gone:  # no attempt could be better than this one
+                self._become(Failed(cause=str(gone)))
+                raise
             except ClusterError as again:
                 self._raise_if_cancelled()
                 cause = str(again)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from dist_infer.config_types import ReaderKind
 from dist_infer.engine.executor import Executor
 from dist_infer.messages import decode, encode
 from dist_infer.node_store import NodeStore, PackHere, PackOrder, PackProgress
+from launch.head_watch import HeadWatch, ask_cluster, ask_own
 from launch.ray_start import own_machine
 from launch.root_guard import check_one_root
 from launch.runs.mark import run_label
@@ -44,6 +45,7 @@ class RayBackend:
         self._started = False
         self._nodes: tuple[ClusterNode, ...] = ()
         self._shunned: frozenset[str] = frozenset()  # nodes that Ray still has, but that do not answer
+        self._head: HeadWatch | None = None  # of the Ray that was started or found
 
     def facts(
         self,
@@ -78,17 +80,23 @@ class RayBackend:
         launcher = PROCESS_FOOTPRINT_BYTES + RAY_FOOTPRINT_BYTES + _OBJECT_STORE_BYTES
         return Footprint(rank_bytes=PROCESS_FOOTPRINT_BYTES, launcher_bytes=launcher)
 
-    def drop_lost_nodes(self, plan: Plan) -> tuple[str, ...]:
-        if self._config.address is None:
-            return ()  # its one node is this one
-        from launch.lost_nodes import find_lost
+    def drop_lost_nodes(self, plan: Plan, ended: Mapping[int, Sequence[int]]) -> tuple[str, ...]:
+        from launch.lost_nodes import find_lost, wait_for_ends
 
-        lost = find_lost([self._nodes[index] for index in sorted({rank.node for rank in plan.ranks})])
+        if self._config.address is None:  # its one node is this one
+            if self.is_lost:
+                self.close()  # `executor` starts another Ray
+            wait_for_ends([pid for pids in ended.values() for pid in pids])
+            return ()
+        if self._head is not None:
+            self._head.wait_for_answer()
+        used = sorted({rank.node for rank in plan.ranks})
+        lost = find_lost({self._nodes[node]: ended.get(node, ()) for node in used})
         self._shunned = frozenset(node.id for node in lost)
         return tuple(f"{node.host} ({node.address})" for node in lost)
 
     def executor(self, spec: RankSpec, on_step: OnStep) -> Executor:
-        self.start(world_size=len(spec.plan.ranks))
+        head = self.start(world_size=len(spec.plan.ranks))
         from launch.executor import RayExecutor
 
         return RayExecutor(
@@ -98,6 +106,7 @@ class RayBackend:
             start_timeout_s=self._config.start_timeout,
             heartbeat_timeout_s=self._config.heartbeat_timeout,
             on_step=on_step,
+            head=head,
             node_resources=self._config.node_resources,
             interface=self._config.interface,
         )
@@ -106,17 +115,29 @@ class RayBackend:
         return False
 
     def close(self) -> None:
-        """End the embedded Ray with all its processes, or leave the cluster. Idempotent."""
+        """End the embedded Ray with all its processes, or leave the cluster. Idempotent; `start` begins anew."""
+        if self._head is not None:
+            self._head.stop()
+        self._head, self._nodes = None, ()
         if self._started:
             import ray
 
             self._started = False
             ray.shutdown()
 
-    def start(self, world_size: int) -> None:
+    def raise_if_lost(self) -> None:
+        """ClusterError when Ray itself is gone, ClusterGoneError when that cannot be mended by closing and starting."""
+        if self._head is not None:
+            self._head.raise_if_lost()
+
+    @property
+    def is_lost(self) -> bool:
+        return self._head is not None and self._head.is_lost
+
+    def start(self, world_size: int) -> HeadWatch:
         """Connect, or start the embedded Ray with room for so many ranks. Once; later calls do nothing."""
-        if self._nodes:
-            return
+        if self._head is not None:
+            return self._head
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         embedded = self._config.address is None
         if embedded:  # an existing cluster has its own rule, which Ray finds out from the user's environment and token
@@ -125,10 +146,12 @@ class RayBackend:
             if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
                 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this run alone; children inherit it
         import ray
-        from ray._raylet import Config  # type: ignore[attr-defined]
+        from ray import _raylet
 
-        if not ray.is_initialized():
-            Config.initialize("")  # an earlier `import ray` has cached the environment from before
+        if not ray.is_initialized():  # an earlier `import ray` has cached the environment from before, and its token
+            _raylet.Config.initialize("")  # type: ignore[attr-defined]
+            if (tokens := getattr(_raylet, "AuthenticationTokenLoader", None)) is not None:  # not in older versions
+                tokens.instance().reset_cache()
 
         if embedded and ray.is_initialized():
             raise ClusterError(
@@ -155,6 +178,9 @@ class RayBackend:
             where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
             raise ClusterError(f"could not reach or start {where}: {error}") from error
         self._look_up_nodes()
+        self._head = HeadWatch(ask_own() if embedded else ask_cluster(), is_ours=embedded)
+        self._head.start()
+        return self._head
 
     def _look_up_nodes(self) -> None:
         from launch.nodes import cluster_nodes

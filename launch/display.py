@@ -227,5 +227,6 @@ def ready_line(
     packed = f"packed {num_written} blobs in {pack_s:.1f} s" if num_written else "packed nothing (the store is there)"
     readers = ", ".join(sorted({report.reader for report in reports}))
     reasons = "".join(f" ({why})" for why in sorted({node.reader_reason for node in facts.nodes} - {""}))
-    kernels = "".join(f"; {text}" for text in sorted({report.kernels for report in reports if report.kernels}))
-    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}{reasons}{kernels}"
+    kernels = "".join(f"; {text}" for text in sorted({report.kernels for report in reports} - {""}))
+    sums = "".join(f"; {text}" for text in sorted({report.sums for report in reports} - {""}))
+    return f"ready: {len(reports)} ranks in {start_s:.1f} s, {packed}; reader {readers}{reasons}{kernels}{sums}"

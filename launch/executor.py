@@ -24,6 +24,7 @@ from dist_infer.heartbeat import Heartbeat
 from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport, decode, encode
 from dist_infer.worker.oom_watch import OomWatch
 from launch.actors import RankActor
+from launch.head_watch import HeadWatch
 from launch.nodes import ClusterNode
 from launch.placement import actor_options, ask_for_stage, rank_resources, wait_for_stage
 from launch.runs.mark import first_line
@@ -32,6 +33,7 @@ from partition.errors import ClusterError, WorkerError
 _LOOK_S = 0.5  # between looks at what is no rank's answer: progress, a loss that was found meanwhile
 _NOTICE_S = 0.5  # a rank that is killed is often noticed by its peers first, as a lost connection
 _REPORT_TIMEOUT_S = 30.0
+_CLOSE_S = 5.0
 _START_PHASES = ("start", "bind", "connect", "load")
 _DEADLINE_HINT = " (cluster.start_timeout)"
 
@@ -48,12 +50,13 @@ class RayExecutor:
         start_timeout_s: float,
         heartbeat_timeout_s: float,
         on_step: OnStep,
-        node_resources: Mapping[str, float] | None = None,
-        interface: str | None = None,
+        head: HeadWatch,
+        node_resources: Mapping[str, float],
+        interface: str | None,
     ) -> None:
         self._spec, self._name, self._nodes = spec, name, nodes
-        self._resources = rank_resources(spec.plan, node_resources or {})
-        self._interface = interface
+        self._resources = rank_resources(spec.plan, node_resources)
+        self._head, self._interface = head, interface
         self._start_timeout_s, self._on_step = start_timeout_s, on_step
         self._groups: list[Any] = []
         self._actors: list[Any] = []
@@ -137,17 +140,30 @@ class RayExecutor:
                 return
             self._closed = True
         self._heartbeat.stop()
-        for actor in self._actors:
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(actor)
-        for group in self._groups:
-            with contextlib.suppress(RayError, ValueError):
-                remove_placement_group(group)
+        # while the head is silent that waits for it: those on a node that was cut off must not stay
+        ending = threading.Thread(target=self._end_all, name="dist-infer-end-ranks", daemon=True)
+        ending.start()
+        ending.join(_CLOSE_S)
         self._steps.clear()
         self._heartbeat.join()
 
+    def _end_all(self) -> None:
+        for actor in self._actors:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor)
+        if self._head.is_lost:
+            return  # they end with it
+        try:
+            self._head.wait_for_answer()
+        except ClusterError:
+            return
+        for group in self._groups:
+            with contextlib.suppress(RayError, ValueError):
+                remove_placement_group(group)
+
     def _ask_hearts(self, timeout_s: float) -> list[int]:
         """See `Heartbeat`. The answer is a thread's of the actor that does nothing else."""
+        self._head.raise_if_lost()
         for rank, actor in enumerate(self._actors):
             if rank not in self._beats:
                 self._beats[rank] = actor.beat.remote()
@@ -209,6 +225,7 @@ class RayExecutor:
                 waiting()
             if self._heartbeat.error is not None:
                 raise self._heartbeat.error
+            self._head.raise_if_lost()
             for ref in ready:
                 self._raise_if_failed(what, rank_of[ref], ref, {ref: rank_of[ref] for ref in pending})
         answers: list[Any] = ray.get(refs)

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -121,11 +122,28 @@ def build_app(args: Mapping[str, Any]) -> Any:
     return make_deployment(config, keys, listen=False)
 
 
+class _RayLost(ClusterError):
+    """The Ray that was started for the run; another may take its place."""
+
+
 def serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
     """Start, say where, serve. SIGTERM drains and returns; Ctrl-C drains for a moment and raises KeyboardInterrupt.
 
-    SIGUSR1 drains and stays. entry: is told how it stands.
+    SIGUSR1 drains and stays. entry: is told how it stands. When a Ray that was started for this run loses its head,
+    open requests may finish, and all is started again, as often as ranks may be replaced.
     """
+    starts: deque[float] = deque(maxlen=config.cluster.max_restarts + 1)
+    while True:
+        starts.append(time.monotonic())
+        try:
+            _serve_until_signal(config, run, entry)
+            return
+        except _RayLost:
+            if len(starts) == starts.maxlen and starts[-1] - starts[0] < config.cluster.restart_window:
+                raise
+
+
+def _serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
     keys = load_keys(run.api_keys_file, os.environ)
     if not keys and not run.is_local:
         raise ConfigError(
@@ -137,6 +155,7 @@ def serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
     except ImportError as error:
         raise ConfigError(f"`run: {{kind: serve}}` needs `pip install 'dist-infer[ray]'` ({error})") from error
     from ray.serve.config import ProxyLocation
+    from ray.serve.context import _set_global_client
 
     console = make_console(stderr=True)
     parallel, label = config.parallel, run_label(config.name)
@@ -177,16 +196,30 @@ def serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
                 model = run.model_name or config.name
                 console.print(f"serving {model} at {status.url}/v1 ({door})", markup=False)
                 entry.note("ready", url=status.url)
-                _serve(handle, run.limits.drain_time, signals, entry, console)
+                _serve(handle, backend, run.limits.drain_time, signals, entry, console)
                 entry.note("draining")
                 console.print(f"draining for up to {run.limits.drain_time:g} s", markup=False)
                 _close(handle, run.limits.drain_time)
         except KeyboardInterrupt:
             _close(handle, min(run.limits.drain_time, _INTERRUPTED_DRAIN_S))
             raise
+        except ClusterError as error:
+            if config.cluster.address is not None or not backend.is_lost:
+                raise
+            entry.note("degraded", detail=str(error))
+            console.print(f"{error}: open requests may finish, then all is started again", markup=False)
+            _close(handle, run.limits.drain_time)
+            raise _RayLost(str(error)) from error
+        if config.cluster.address is not None:
+            _remove(config.name, label)
+    except BaseException:
+        if config.cluster.address is not None and has_run and not backend.is_lost:
+            with contextlib.suppress(ClusterError):  # the first error is the one that says what happened
+                _remove(config.name, label)
+        raise
     finally:
-        if config.cluster.address is not None and has_run:
-            serve.delete(label, _blocking=False)
+        if backend.is_lost:
+            _set_global_client(None)  # Serve would ask a controller that is gone
         backend.close()
 
 
@@ -199,10 +232,28 @@ def _refuse_second(name: str, applications: Mapping[str, Any]) -> None:
         )
 
 
-def _serve(handle: Any, drain_s: float, signals: Signals, entry: Run, console: Console) -> None:
-    """Until SIGTERM. What becomes of the replica meanwhile is noted, and said when it changes."""
+def _remove(name: str, label: str) -> None:
+    """From a cluster that was there. Raises ClusterError."""
+    from ray import serve
+
+    try:
+        serve.delete(label, _blocking=False)
+    except Exception as error:  # Serve's own, and Ray's where it is gone
+        raise ClusterError(
+            f"could not remove the endpoint from the cluster: {error}. `dist-infer down {name}` tries it again"
+        ) from error
+
+
+def _serve(
+    handle: Any, backend: RayBackend, drain_s: float, signals: Signals, entry: Run, console: Console
+) -> None:
+    """Until SIGTERM. What becomes of the replica meanwhile is noted, and said when it changes.
+
+    Raises ClusterError when Ray itself is lost, and what the engine has failed with when Serve does not replace it.
+    """
     drained, failed_s = False, None
     while (came := signals.wait(_LOOK_S)) != signal.SIGTERM:
+        backend.raise_if_lost()
         if came == signal.SIGUSR1 and not drained:
             entry.note("draining")
             _drain(handle, drain_s)

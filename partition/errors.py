@@ -7,7 +7,8 @@
     │   └── UnsupportedModelError  3  the family or layout cannot be run correctly
     ├── StoreError           3     the packed store is stale, damaged, of another layout, or the disk failed
     └── ClusterError         4     workers, Ray or the network failed
-        └── WorkerError      4     one rank raised or died; carries the rank
+        ├── WorkerError      4     one rank raised or died; carries the rank
+        └── ClusterGoneError 4     the cluster itself is gone: nothing can be started in it again
 
 Interruption by the user ends with exit code 130 and is no error of this tree.
 """
@@ -59,3 +60,7 @@ class WorkerError(ClusterError):
     def __init__(self, message: str, *, rank: int) -> None:
         super().__init__(message)
         self.rank = rank
+
+
+class ClusterGoneError(ClusterError):
+    """What ranks are started in is gone, so that no others can take their place."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# names of runs are taken machine-wide: those of this session must not meet the user's, nor another session's
+# Names of runs are taken machine-wide: those of this session must not meet the user's, nor another session's. This
+# one is for what fixtures of the whole session start.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="dist-infer-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
@@ -72,6 +73,15 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         kinds = ("sliding_attention", "full_attention")
         values["layer_types"] = [kinds[i % 2] for i in range(values["num_hidden_layers"])]
     return CONFIG_MAPPING[model_type](**values)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where runs are written down: for each module, so that none is refused a name, or cleared away, by another's."""
+    directory = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(directory))
+        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,9 @@ class Shell:
             process.kill()
         for started in self._started:
             started.kill()
-            started.communicate()
+            started.wait(10)
+            if started.stdout is not None:
+                started.stdout.close()
 
     def _environment(self) -> dict[str, str]:
         paths = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

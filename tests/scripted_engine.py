@@ -38,7 +38,7 @@ class ScriptedEngine:
     prompt: str = "<|assistant|>"
     plan: _Plan = _Plan()
     failure: Exception | None = None
-    state: GangState = Ready()
+    state: GangState = field(default_factory=Ready)
     asked: list[SamplingParams] = field(default_factory=list)
     priorities: list[int] = field(default_factory=list)
     conversations: list[dict[str, Any]] = field(default_factory=list)

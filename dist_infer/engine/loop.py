@@ -33,7 +33,7 @@ from dist_infer.engine.scheduler import Scheduler
 from dist_infer.engine.stats import EngineStats
 from dist_infer.messages import SampledToken, StepPlan, StepResult
 from dist_infer.sampling_params import SamplingParams
-from partition.errors import ClusterError, ConfigError, DistInferError
+from partition.errors import ClusterError, ClusterGoneError, ConfigError, DistInferError
 
 _IDLE_WAIT_S = 60.0  # an idle engine checks its integrity this often
 _NUM_BAD_WORD_LISTS = 64  # kept as token ids: most requests of an application have the same
@@ -305,7 +305,7 @@ class EngineLoop:
         Raises the error when that is not wanted, with the second cause when it fails.
         """
         with self._wake:
-            if self._recover is None or self._closing:
+            if self._recover is None or self._closing or isinstance(error, ClusterGoneError):
                 raise error
             self._is_recovering = True
         try:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from dist_infer.messages import StreamReport, WorkerReport
 from dist_infer.metrics.window import WorkWindow
-from dist_infer.summary import bound_by, difference
+from dist_infer.summary import bound_by, difference, nothing
 from partition.plan import Plan
 
 LEAST_S = 0.5  # between two readings
@@ -63,7 +63,7 @@ class RankWatch:
         plan, workers = self._ranks.plan, self._ranks.worker_reports
         if len(reports) != len(plan.ranks):
             return  # they are being replaced
-        idle = tuple(_nothing(report.rank) for report in reports)
+        idle = tuple(nothing(report.rank) for report in reports)
         if workers != self._workers:
             self._workers = workers
             self._window.clear()
@@ -83,17 +83,3 @@ def overlap(ranks: Sequence[StreamReport]) -> float | None:
 def limited_by(plan: Plan, ranks: Sequence[StreamReport]) -> str | None:
     """What a stage's time went to: disk, network, compute, or link on a GPU that reads no disk; None when idle."""
     return bound_by(plan, ranks) if any(report.busy_s > 0 for report in ranks) else None
-
-
-def _nothing(rank: int) -> StreamReport:
-    return StreamReport(
-        rank=rank,
-        num_passes=0,
-        bytes_read=0,
-        bytes_copied=0,
-        stall_s=0.0,
-        busy_s=0.0,
-        communication_s=0.0,
-        compute_s=0.0,
-        num_tokens=0,
-    )

@@ -30,7 +30,7 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """phase: loading, ready, degraded, draining or failed. url: where it listens, if it does. error: kind and message."""
+    """phase: loading, ready, degraded, draining or failed. url: where it listens, if it does. error: kind and text."""
 
     phase: str
     detail: str = ""

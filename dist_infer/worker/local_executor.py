@@ -1,4 +1,4 @@
-"""The executor without Ray: all stages in this process; with tensor parallelism one child process per tensor rank.
+"""The executor without Ray for several tensor ranks: one child process for each, with every stage.
 
 Implements the port `dist_infer.engine.executor.Executor` (structurally: worker and engine do not import each other).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,11 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
@@ -28,91 +26,18 @@ from dist_infer.heartbeat import Heartbeat
 from dist_infer.messages import StepPlan, StepResult, StreamReport, TimelineReport, WorkerReport, decode, encode
 from dist_infer.worker.child import HEARTBEAT, STREAM_REPORTS, TIMELINES, pack_frame, unpack_frame
 from dist_infer.worker.oom_watch import OomWatch
-from dist_infer.worker.rank_host import RankHost
 from dist_infer.worker.setup import WorkerSetup
 from partition.errors import ClusterError, WorkerError
 
 OnStep = Callable[[Step], None]
 OnLoss = Callable[[ClusterError], None]
 _Report = TypeVar("_Report", StreamReport, TimelineReport)
+_log = logging.getLogger(__name__)
 _REPORT_TIMEOUT_S = 30.0
 _LEAVE_S = 2.0  # for a child to end when it is asked to
+_KILLED_S = 5.0  # and when it is killed: much memory takes the kernel a while
 _NOTICE_S = 0.5  # a rank that is killed is often noticed by its peers first, as a lost connection
 _CLOSED = "the executor was closed"
-
-
-class InProcessExecutor:
-    """All ranks (one per stage, tensor = 1) on one thread of this process."""
-
-    def __init__(self, setup: WorkerSetup, *, start_timeout_s: float, on_step: OnStep) -> None:
-        self._setup, self._start_timeout_s, self._on_step = setup, start_timeout_s, on_step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dist-infer-rank")
-        self._host: RankHost | None = None
-        self._steps: deque[tuple[int, Future[StepResult | None]]] = deque()
-        self._closed = False
-
-    def start(self) -> tuple[WorkerReport, ...]:
-        def progress(done: int, total: int) -> None:
-            if self._closed:
-                raise ClusterError(_CLOSED)
-            self._on_step(Loading(done=done, total=total))
-
-        def build() -> tuple[WorkerReport, ...]:
-            self._host = RankHost(self._setup)
-            return self._host.load(progress)
-
-        try:
-            return self._thread.submit(build).result(self._start_timeout_s)
-        except FutureTimeout:
-            raise ClusterError(
-                f"loading took longer than cluster.start_timeout ({self._start_timeout_s:.0f} s)"
-            ) from None
-        except Exception as error:
-            _forget_frames(error)
-            raise WorkerError(f"loading failed: {type(error).__name__}: {error}", rank=0) from error
-
-    def watch(self, on_loss: OnLoss) -> None:
-        """Ranks in this process are there as long as it is; what fails in a step is told by `collect`."""
-
-    def submit(self, plan: StepPlan) -> None:
-        host = self._host
-        if host is None:
-            raise RuntimeError("start before submit")
-        self._steps.append((plan.step_id, self._thread.submit(host.step, plan)))
-
-    def collect(self, timeout_s: float) -> StepResult:
-        if not self._steps or self._closed:
-            raise ClusterError(_CLOSED)
-        step_id, future = self._steps[0]
-        try:
-            result = future.result(timeout_s)
-        except FutureTimeout:
-            raise ClusterError(f"step {step_id} did not finish within {timeout_s:.0f} s") from None
-        except Exception as error:
-            _forget_frames(error)
-            raise WorkerError(f"step {step_id} failed: {_words(error)}", rank=0) from error
-        self._steps.popleft()
-        if result is None:
-            raise RuntimeError("the last stage returned no result")
-        return result
-
-    def stream_reports(self, timeout_s: float = _REPORT_TIMEOUT_S) -> tuple[StreamReport, ...]:
-        host = self._host
-        return host.stream_reports() if host is not None else ()  # waits for nothing
-
-    def timelines(self) -> tuple[TimelineReport, ...]:
-        host = self._host
-        return host.timelines() if host is not None else ()
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._steps.clear()
-        host, self._host = self._host, None  # its memory is for whoever comes next
-        if host is not None:
-            host.close()
 
 
 @dataclass
@@ -157,18 +82,19 @@ class SpawnedExecutor:
                 if self._closed:
                     raise ClusterError(_CLOSED)
                 self._children.append(_spawn(tp_rank, setup.threads))
-        for child, setup in zip(self._children, self._setups, strict=True):
+        children = self._children  # `close` in another thread puts an empty list in its place
+        for child, setup in zip(children, self._setups, strict=True):
             self._tell(child, pack_frame("setup", encode(setup)))
-        self._answers(deadline)
+        self._answers(deadline, children)
         self._on_step(Connecting())
-        self._tell(self._children[0], pack_frame("bind"))
-        port = self._answers(deadline, self._children[:1])[0][0]["port"]
-        for child in self._children:
+        self._tell(children[0], pack_frame("bind"))
+        port = self._answers(deadline, children[:1])[0][0]["port"]
+        for child in children:
             self._tell(child, pack_frame("connect", port=port))
-        self._answers(deadline)
-        for child in self._children:
+        self._answers(deadline, children)
+        for child in children:
             self._tell(child, pack_frame("load"))
-        bodies = [body for _, body in self._answers(deadline)]
+        bodies = [body for _, body in self._answers(deadline, children)]
         reports = [decode(WorkerReport, text.encode()) for body in bodies for text in json.loads(body)]
         self._is_well = True
         return tuple(sorted(reports, key=lambda report: report.rank))
@@ -185,10 +111,11 @@ class SpawnedExecutor:
         self._in_flight.append(plan.step_id)
 
     def collect(self, timeout_s: float) -> StepResult:
-        if not self._in_flight or not self._children:
+        children = self._children
+        if not self._in_flight or not children:
             raise ClusterError(_CLOSED)
         try:
-            answers = self._answers(time.monotonic() + timeout_s)
+            answers = self._answers(time.monotonic() + timeout_s, children)
         except ClusterError:
             self._is_well = False
             raise
@@ -225,9 +152,13 @@ class SpawnedExecutor:
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
-            if child.process.poll() is None:
-                child.process.kill()
-                child.process.wait(5)
+            child.process.kill()
+        deadline = time.monotonic() + _KILLED_S
+        for child in self._children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:  # the kernel holds it, in a read of a disk that is gone, say
+                _log.warning("process %d is killed and does not end: its memory is not free", child.process.pid)
             child.connection.close()
         self._heartbeat.join()
         with self._asking:  # who asks has seen them go
@@ -302,11 +233,9 @@ class SpawnedExecutor:
         found = [decode(kind, text.encode()) for answer in answers for text in json.loads(answer)]
         return tuple(sorted(found, key=lambda report: report.rank))
 
-    def _answers(
-        self, deadline: float, children: Sequence[_Child] | None = None
-    ) -> list[tuple[dict[str, object], bytes]]:
+    def _answers(self, deadline: float, children: Sequence[_Child]) -> list[tuple[dict[str, object], bytes]]:
         """One answer from each child, in their order. An error or a death of any ends the wait at once."""
-        waiting = {child.connection: child for child in (children or self._children)}
+        waiting = {child.connection: child for child in children}
         answers: dict[int, tuple[dict[str, object], bytes]] = {}
         while waiting:
             try:
@@ -384,15 +313,3 @@ def _spawn(tp_rank: int, threads: int) -> _Child:
             theirs.close()
     connection, control, heart = (Connection(ours.detach()) for ours, _ in pairs)
     return _Child(process, connection, control, heart, tp_rank)
-
-
-def _words(error: BaseException) -> str:
-    """Errors of our own tree say where they are from."""
-    return str(error) if isinstance(error, ClusterError) else f"{type(error).__name__}: {error}"
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """They hold the stages, whose memory is needed for those that take their place while somebody keeps the error."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

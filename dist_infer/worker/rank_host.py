@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import torch
@@ -16,6 +17,7 @@ from dist_infer.openmp import release_pool
 from dist_infer.worker import collectives
 from dist_infer.worker.pass_log import PassLog
 from dist_infer.worker.setup import WorkerSetup
+from dist_infer.worker.stage_link import StageLink
 from dist_infer.worker.stage_runner import StageRunner
 from partition.errors import ClusterError
 from partition.plan import Plan, plan_from_json
@@ -37,7 +39,7 @@ class RankHost:
         self._alone = len(setup.ranks) == len(self._plan.ranks)
         self._hosts_all_stages = len(setup.ranks) == self._plan.pipeline
         self._group: collectives.NoGroup | collectives.TensorGroup = collectives.NoGroup()
-        self._link: collectives.StageLink | None = None
+        self._link: StageLink | None = None
         self._store: TCPStore | None = None
         self._stages: list[StageRunner] = []
         self._logs: dict[int, PassLog] = {}  # by rank; empty unless a timeline is recorded
@@ -62,6 +64,7 @@ class RankHost:
             stages=1 if self._hosts_all_stages else self._plan.pipeline,
             device=self._plan.device,
             timeout_s=self._setup.step_timeout_s,
+            steps_in_flight=self._plan.max_steps_in_flight,
         )
 
     def load(self, progress: Callable[[int, int], None]) -> tuple[WorkerReport, ...]:
@@ -81,7 +84,8 @@ class RankHost:
             done_before += _num_resident(stage)
         release_pool()  # where steps run on another thread
         rss = psutil.Process().memory_info().rss
-        return tuple(stage.worker_report(socket.gethostname(), os.getpid(), rss) for stage in self._stages)
+        reports = [stage.worker_report(socket.gethostname(), os.getpid(), rss) for stage in self._stages]
+        return tuple(replace(report, sums=self._group.sums) for report in reports)
 
     def step(self, plan: StepPlan) -> StepResult | None:
         """One step through the stages here. The result on tp_rank 0 of the last stage, None elsewhere.
@@ -100,7 +104,11 @@ class RankHost:
                 if self._link is None:
                     raise RuntimeError("no link to the stage before")
                 shape = (1, plan.num_tokens, stage.hidden_size)
-                hidden = self._link.receive(shape, stage.dtype, stage.device)
+                stage.unit = ""
+                try:
+                    hidden = self._link.receive(shape, stage.dtype, stage.device)
+                except ClusterError as error:
+                    raise ClusterError(f"{error} ({_place(stage, plan)})") from error
             output = self._run(stage, plan, None if hidden is None else hidden.to(stage.device))
             if isinstance(output, torch.Tensor):
                 hidden = output
@@ -110,7 +118,10 @@ class RankHost:
         if not last.model.is_last:
             if self._link is None or hidden is None:
                 raise RuntimeError("no link to the stage after")
-            self._link.send(hidden)
+            try:
+                self._link.send(hidden)
+            except ClusterError as error:
+                raise ClusterError(f"{error} ({_place(last, plan)})") from error
             return None
         return result if last.rank_plan.tp_rank == 0 else None
 
@@ -126,6 +137,10 @@ class RankHost:
         for stage in self._stages:
             stage.close()
         self._stages = []
+        if self._link is not None:
+            self._link.close()
+        self._group.close()
+        self._group, self._link = collectives.NoGroup(), None
         collectives.disconnect()
         self._store = None
 
@@ -135,7 +150,8 @@ class RankHost:
         try:
             output = stage.run(plan, hidden)
         except Exception as error:
-            raise ClusterError(f"{type(error).__name__}: {error} ({_place(stage, plan)})") from error
+            words = str(error) if isinstance(error, ClusterError) else f"{type(error).__name__}: {error}"
+            raise ClusterError(f"{words} ({_place(stage, plan)})") from error
         if log is not None and before is not None:
             log.add(plan, start_s, before, stage.stream_report())
         return output

@@ -20,7 +20,7 @@ up)
     fi
     if ! kubectl get secret dist-infer-keys >/dev/null 2>&1; then
         if [ -z "${KEYS:-}" ]; then
-            KEYS="me=$(openssl rand -hex 24)"
+            KEYS="me=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')"
             echo "key: ${KEYS#*=}"
         fi
         # through standard input: arguments can be seen by everybody on a machine

@@ -30,7 +30,7 @@ common="--object-store-memory=80000000 ${RAY_START_ARGS:-}"
 
 case $action in
 up)
-    token=$(openssl rand -hex 32)
+    token=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
     for machine in "$head" "$@"; do give_token "$machine"; done
     $remote "$head" "$settings $ray start --head --node-ip-address=$head --port=$port --include-dashboard=false $common"
     for machine in "$@"; do

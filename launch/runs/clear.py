@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 from launch.runs.mark import MARK, run_label
 from launch.runs.reap import reap
 from launch.runs.record import RunRecord
 from partition.errors import ClusterError
+
+_CLUSTER_S = 90.0  # connecting takes seconds, and a replica has 20 to end
 
 
 def clear_here(record: RunRecord) -> None:
@@ -22,8 +28,24 @@ def clear_here(record: RunRecord) -> None:
 
 
 def clear_in_cluster(record: RunRecord) -> None:
-    """In the Ray cluster that it used, if it did not start one. Raises ClusterError when that does not answer."""
-    if record.address is not None:
-        from launch.runs.cluster import clear_cluster
+    """In the Ray cluster that it used, if it did not start one. Raises ClusterError when that does not answer.
 
-        clear_cluster(record.address, run_label(record.name, record.run_id))
+    By a process of its own: Ray gives no deadline for connecting, and leaves traces in whoever has connected.
+    """
+    if record.address is None:
+        return
+    told = [record.address, run_label(record.name, record.run_id)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "launch.runs.cluster", *told],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_CLUSTER_S,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"the Ray cluster at {record.address} did not answer within {_CLUSTER_S:g} s") from error
+    if done.returncode != 0:
+        raise ClusterError(done.stderr.strip().rpartition("\n")[2] or f"it ended with code {done.returncode}")

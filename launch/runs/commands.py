@@ -64,7 +64,10 @@ def drain(name: Name) -> None:
 
 
 def down(
-    name: Name, now: Annotated[bool, typer.Option("--now", help="Do not let running requests finish.")] = False
+    name: Name,
+    now: Annotated[
+        bool, typer.Option("--now", help="Let no request finish, and forget a Ray cluster that is gone.")
+    ] = False,
 ) -> None:
     """End a run and all that it started, or what a killed one left. Drains first. Harmless when nothing is there."""
     from launch.runs import stop

@@ -14,7 +14,7 @@ from pathlib import Path
 from dist_infer.messages import decode
 from launch.interrupt import GRACE_S
 from launch.runs.announce import ENVIRONMENT, Notice
-from launch.runs.place import private_directory, run_directory
+from launch.runs.place import private_directory, run_directory, writing_down
 from launch.runs.record import RunRecord, read_record
 from launch.runs.stop import down
 from partition.errors import ClusterError, DistInferError
@@ -37,11 +37,13 @@ def launch_detached(name: str, arguments: list[str], show: Callable[[Notice], No
     show: told how far it is. Raises DetachedError with what the run said, and nothing is left of it then; so is nothing
     when this is interrupted.
     """
-    directory = private_directory(run_directory(name))
+    directory = run_directory(name)
     log = directory / f"launch-{secrets.token_hex(4)}.log"
+    with writing_down():
+        output = os.fdopen(_open_log(log), "wb")
     read, write = os.pipe()
     try:
-        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output:
+        with output:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "launch.entry", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -61,25 +63,27 @@ def launch_detached(name: str, arguments: list[str], show: Callable[[Notice], No
         with os.fdopen(read, encoding="utf-8") as notices:
             failed = _follow(notices, show)
         if failed is not None:
-            code = process.wait(_END_S) or failed.exit_code or 1
-            raise DetachedError(failed.error, code)
+            message = failed.error or f"{name} was ended before it was ready"
+            raise DetachedError(message, _code_of(process) or failed.exit_code or 1)
         record = read_record(directory)
         if record is None or record.process.pid != process.pid:
             raise ClusterError(f"{name} was ready and is gone already: see {log}")
         return record
     except _Silent:
-        code = process.wait(_END_S)
-        tail = _tail(log)
+        code, tail = _code_of(process), _tail(log)
         _forget(log, directory)
-        raise DetachedError(f"{name} ended with code {code} before it was ready\n{tail}", code or 1) from None
+        _clear(process, name, directory)
+        if code < 0:
+            how, code = f"was ended by signal {-code} ({signal.strsignal(-code)})", ClusterError.exit_code
+        else:
+            how = f"ended with code {code}"
+        raise DetachedError(f"{name} {how} before it was ready\n{tail}".rstrip(), code or 1) from None
     except DetachedError:
         _forget(log, directory)
         raise
     except BaseException:
         _end(process)
-        record = read_record(directory)
-        if record is not None and record.process.pid == process.pid:
-            down(name, now=True)
+        _clear(process, name, directory)
         raise
 
 
@@ -88,15 +92,39 @@ class _Silent(Exception):
 
 
 def _follow(notices: Iterable[str], show: Callable[[Notice], None]) -> Notice | None:
-    """None once it is ready; the notice with which it has failed. The pipe ends when the run does."""
+    """None once it is ready; the notice with which it has failed or was ended. The pipe ends when the run does."""
     for line in notices:
         notice = decode(Notice, line.encode())
-        if notice.phase == "failed":
+        if notice.phase == "failed" or notice.exit_code:
             return notice
         if notice.phase in ("ready", "ended"):
             return None
         show(notice)
     raise _Silent
+
+
+def _open_log(log: Path) -> int:
+    """A descriptor. Until this run has the name, the one before may remove the directory with all that is in it."""
+    while True:
+        private_directory(log.parent)
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def _code_of(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code, negative for a signal's number. It has said its last word and is about to end, or is ended."""
+    try:
+        return process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _clear(process: subprocess.Popen[bytes], name: str, directory: Path) -> None:
+    """What a run has left that is written down and could not end in order."""
+    record = read_record(directory)
+    if record is not None and record.process.pid == process.pid:
+        down(name, now=True)
 
 
 def _forget(log: Path, directory: Path) -> None:

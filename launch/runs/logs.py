@@ -118,12 +118,12 @@ def _texts(record: RunRecord, files: list[Path], *, follow: bool) -> Iterator[st
 
 def _print_remote(record: RunRecord, line: str, *, follow: bool) -> None:
     """From the nodes of a cluster. New text is asked for once a second."""
-    from launch.runs.cluster import read_worker_log
+    from launch.runs.cluster import connected, read_worker_log
 
     offsets: tuple[dict[str, int], dict[str, int]] = ({}, {})
     directory = run_directory(record.name)
     anything = False
-    with Watch(directory) as watch:
+    with Watch(directory) as watch, connected(str(record.address)):
         while True:
             is_last = not follow or not record.is_alive
             for error in (False, True):

@@ -10,8 +10,10 @@ The host is part of the path because home directories are often shared and proce
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from partition.errors import ConfigError
@@ -22,11 +24,18 @@ _PRIVATE = 0o700
 def state_directory() -> Path:
     """Of this machine; made, with mode 0700, when it is not there. ConfigError when it cannot be."""
     found = os.environ.get("XDG_STATE_HOME", "")
-    try:
+    with writing_down():
         base = Path(found) if os.path.isabs(found) else Path.home() / ".local" / "state"
         base.mkdir(parents=True, exist_ok=True)
         return private_directory(private_directory(base / "dist-infer") / _host())
-    except (OSError, RuntimeError) as error:
+
+
+@contextlib.contextmanager
+def writing_down() -> Iterator[None]:
+    """Around what is done in these directories: ConfigError when it cannot be."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
         raise ConfigError(
             f"no place to write down what runs here: {error}. Set XDG_STATE_HOME to a directory that can be written"
         ) from error

@@ -18,6 +18,8 @@ from partition.errors import ClusterError
 
 _LONGEST = 36  # of the directory in which it is made: what Ray adds takes 70
 _TOKEN_BYTES = 32
+# of the environment, set by `enter`
+VARIABLES = ("RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
 
 
 @dataclass(frozen=True)

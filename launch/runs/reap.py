@@ -38,7 +38,7 @@ def reap(mark: str, home: str | None, timeout_s: float = REAP_S) -> list[int]:
         left = marked(mark)
         if time.monotonic() > deadline:
             break
-    for path in shared:
+    for path in shared - _mapped():  # CUDA's are every process's
         with contextlib.suppress(OSError):
             os.unlink(path)
     if home is not None:
@@ -83,6 +83,11 @@ def _shared_memory(pid: int) -> set[str]:
         return set()
     paths = {line[line.index(_SHARED) :] for line in lines if _SHARED in line}
     return {path for path in paths if not path.endswith(" (deleted)")}
+
+
+def _mapped() -> set[str]:
+    """By any process that this user may ask; what another user's alone has mapped is not this user's to remove."""
+    return set().union(*(_shared_memory(int(name)) for name in os.listdir("/proc") if name.isdigit()))
 
 
 def _wait_for_end(pid: int, start_ticks: str) -> None:

@@ -24,9 +24,9 @@ from launch.runs import reap
 from launch.runs.announce import Announcer, Notice
 from launch.runs.clear import clear_here, clear_in_cluster
 from launch.runs.mark import MARK, new_run_id
-from launch.runs.place import private_directory, run_directory
+from launch.runs.place import private_directory, run_directory, writing_down
 from launch.runs.process import ProcessId
-from launch.runs.ray_home import RayHome
+from launch.runs.ray_home import VARIABLES, RayHome
 from launch.runs.record import RunRecord, read_record, write_record
 from launch.runs.watch import Watch
 from partition.errors import ClusterError, ConfigError, DistInferError
@@ -40,13 +40,15 @@ _GUARD_START_S = 20.0
 class Run:
     """A context: inside it this process holds the name. Leaving it says how the run ended, and gives the name back.
 
-    Raises ConfigError when the name is taken, saying by whom. Enter it before Ray is imported.
+    So it does with the environment, which has the run's mark and its Ray's token and directory meanwhile. Raises
+    ConfigError when the name is taken, saying by whom.
     """
 
     def __init__(self, config: RunConfig, file: Path, announcer: Announcer) -> None:
         self._config, self._file, self._announcer = config, file, announcer
         self._lock: int | None = None
         self._home: RayHome | None = None
+        self._environment: dict[str, str | None] = {}  # as it was before, of what is set here
         self._noting = threading.Lock()  # guards the two below
         self._record: RunRecord | None = None
         self._noted_s = 0.0
@@ -59,7 +61,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self._directory = run_directory(self._config.name)
-        self._lock = take_name(self._directory)
+        with writing_down():
+            self._lock = take_name(self._directory)
         if self._lock is None:
             raise ConfigError(_taken(self._config.name, self._directory))
         try:
@@ -67,6 +70,7 @@ class Run:
         except BaseException:
             if self._home is not None:
                 self._home.remove()
+            self._restore_environment()
             os.close(self._lock)
             raise
         return self
@@ -77,35 +81,39 @@ class Run:
             if old.is_alive:  # where locks are not kept between machines or mounts
                 raise ConfigError(_taken(self._config.name, self._directory))
             clear_here(old)
-            if old.state == "killed":
+            if old.phase != "ended":
                 with contextlib.suppress(ClusterError):  # of a cluster that is gone nothing is left
                     clear_in_cluster(old)
-        _forget_files(self._directory, self._announcer.log)
+        with writing_down():
+            _forget_files(self._directory, self._announcer.log)
         run_id, cluster = new_run_id(), self._config.cluster
         serves = self._config.run if isinstance(self._config.run, ServeConfig) else None
+        self._environment = {variable: os.environ.get(variable) for variable in (MARK, *VARIABLES)}
         os.environ[MARK] = run_id
         process = ProcessId.here()
         if cluster.address is None and (serves is not None or cluster.executor == "ray"):
             self._home = RayHome.make()
             self._home.enter()
             _start_guardian(process, run_id, self._home)
-        self._write(
-            RunRecord(
-                name=self._config.name,
-                run_id=run_id,
-                kind="generate" if serves is None else "serve",
-                file=str(self._file.absolute()),
-                version=__version__,
-                process=process,
-                started_s=time.time(),
-                drain_s=0.0 if serves is None else serves.limits.drain_time,
-                address=cluster.address,
-                home=None if self._home is None else str(self._home.path),
-                logs=None if self._home is None else str(self._home.logs),
-                log=self._announcer.log,
-            )
+        record = RunRecord(
+            name=self._config.name,
+            run_id=run_id,
+            kind="generate" if serves is None else "serve",
+            file=str(self._file.absolute()),
+            version=__version__,
+            process=process,
+            started_s=time.time(),
+            drain_s=0.0 if serves is None else serves.limits.drain_time,
+            address=cluster.address,
+            home=None if self._home is None else str(self._home.path),
+            logs=None if self._home is None else str(self._home.logs),
+            log=self._announcer.log,
         )
-        if not self._announcer.is_detached:
+        with writing_down():
+            self._write(record)
+        if cluster.address is not None:
+            before_force.append(self._say_what_may_be_left)
+        elif not self._announcer.is_detached:
             before_force.append(self._forget)
 
     def __exit__(
@@ -116,14 +124,21 @@ class Run:
             if phase == "failed":
                 self._home.keep_logs(self._directory / KEPT_LOGS)
             self._home.remove()
+        self._restore_environment()
         text = "" if error is None or code == EXIT_CODE else str(error) or type(error).__name__
         self._change(lambda old: replace(old, phase=phase, detail="", error=text, exit_code=code, home=None, logs=None))
         if phase == "ended" and not self._announcer.is_detached:
             self._forget()
-        if self._forget in before_force:
-            before_force.remove(self._forget)
+        before_force[:] = [call for call in before_force if call not in (self._forget, self._say_what_may_be_left)]
         if self._lock is not None:
             os.close(self._lock)
+
+    def _restore_environment(self) -> None:
+        for variable, value in self._environment.items():
+            if value is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = value
 
     def progress(self, progress: Progress) -> None:
         """What is under way; written down now and then. Any thread."""
@@ -171,6 +186,10 @@ class Run:
     def _forget(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def _say_what_may_be_left(self) -> None:
+        text = f"ended by force: `dist-infer down {self._config.name}` removes what is left in the Ray cluster\n"
+        os.write(sys.stderr.fileno(), text.encode())  # a stream's own lock may be held by whom the signal interrupted
+
 
 def take_name(directory: Path) -> int | None:
     """The descriptor of the name's lock, held until it is closed or this process ends; None when another holds it."""
@@ -209,7 +228,12 @@ def _taken(name: str, directory: Path) -> str:
 
 
 def _forget_files(directory: Path, own_log: str | None) -> None:
-    """What an earlier run of this name left to be read."""
+    """What an earlier run of this name left to be read. If it took this one's log with it, there is another."""
+    if own_log is not None and not Path(own_log).exists():
+        descriptor = os.open(own_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        os.close(descriptor)
     shutil.rmtree(directory / KEPT_LOGS, ignore_errors=True)
     for file in directory.glob("*.log"):
         if str(file) != own_log:
@@ -219,16 +243,19 @@ def _forget_files(directory: Path, own_log: str | None) -> None:
 def _start_guardian(process: ProcessId, run_id: str, home: RayHome) -> None:
     """Not a child, not of this session, without the mark: it outlives all that it clears up."""
     told = [str(process.pid), str(process.start_ticks), f"{MARK}={run_id}", str(home.path)]
-    subprocess.run(
-        [sys.executable, "-I", "-S", reap.__file__, *told],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={},
-        timeout=_GUARD_START_S,
-        check=True,
-    )
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", reap.__file__, *told],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={},
+            timeout=_GUARD_START_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ClusterError(f"could not start the process that clears up behind this one: {error}") from error
 
 
 def _ending(error: BaseException | None) -> tuple[str, int]:

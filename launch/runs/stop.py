@@ -50,7 +50,8 @@ def drain(name: str) -> None:
 def down(name: str, *, now: bool) -> str:
     """End the run of that name and all that it started, in words what was done. Idempotent.
 
-    A run that serves is drained first, unless `now`. Raises ClusterError when something is left that cannot be ended.
+    A run that serves is drained first, unless `now`. Raises ClusterError when something is left that cannot be ended;
+    the name stays known then. With `now` a cluster that does not answer is taken for gone.
     """
     directory = run_directory(name)
     if not directory.is_dir():
@@ -68,17 +69,25 @@ def down(name: str, *, now: bool) -> str:
             if found.is_alive:
                 raise ClusterError(f"another run named {name} has been started: `dist-infer status {name}`")
             clear_here(found)
+            if found.phase != "ended":  # in that order it has cleared up itself
+                _clear_in_cluster(found, now=now)
         shutil.rmtree(directory, ignore_errors=True)
     finally:
         os.close(descriptor)
-    if found is not None:
-        try:
-            clear_in_cluster(found)
-        except ClusterError as error:
-            raise ClusterError(f"{name} is ended here; what it had in its cluster may be there: {error}") from error
     if was_alive:
         return f"{name}: ended"
     return f"{name}: was {record.state} already; what it left is gone" if record is not None else f"{name}: cleared"
+
+
+def _clear_in_cluster(record: RunRecord, *, now: bool) -> None:
+    try:
+        clear_in_cluster(record)
+    except ClusterError as error:
+        if not now:
+            raise ClusterError(
+                f"{record.name} is ended here; what it had in its cluster may be there still: {error}. Call "
+                f"`dist-infer down {record.name}` again when that answers, or with --now if it is gone for good"
+            ) from error
 
 
 def _end(record: RunRecord, *, now: bool) -> None:

@@ -16,6 +16,7 @@ import platform
 import sys
 import sysconfig
 import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -81,7 +82,7 @@ def load_op() -> AioOp:
                     "or use `reader: threads`"
                 )
             try:
-                modules.append(_load(name, path))
+                modules.append(load_module(name, path))
             except (OSError, ImportError) as error:
                 raise ConfigError(
                     f"reader deepspeed cannot be loaded: {error}. Install libaio and build it again "
@@ -96,29 +97,39 @@ def build_ops() -> Path:
     Raises:
         ConfigError: DeepSpeed, a compiler or libaio is missing; the compiler's words are on stderr.
     """
+
+    def compile_it() -> None:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        AsyncIOBuilder().load(verbose=False)
+
+    return compile_op("async_io", compile_it, "g++, ninja and libaio (apt-get install g++ libaio-dev)")
+
+
+def compile_op(name: str, compile_it: Callable[[], None], needs: str) -> Path:
+    """Run one of DeepSpeed's builders so that what it makes lies in `ops_directory`, which is returned.
+
+    name, needs: for the error, a ConfigError.
+    """
     directory = ops_directory()
     scripts = sysconfig.get_path("scripts")  # where pip put ninja
     kept = dict(os.environ)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
     os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", "")))
     try:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
         directory.mkdir(parents=True, exist_ok=True)
-        AsyncIOBuilder().load(verbose=False)
+        compile_it()
     except ModuleNotFoundError as error:
         raise ConfigError(f"DeepSpeed is not installed ({error}): pip install 'dist-infer[deepspeed]'") from error
     except (RuntimeError, OSError, ImportError) as error:
-        raise ConfigError(
-            f"building async_io failed: {error}. It needs g++, ninja and libaio (apt-get install g++ libaio-dev)"
-        ) from error
+        raise ConfigError(f"building {name} failed: {error}. It needs {needs}") from error
     finally:
         os.environ.clear()
         os.environ.update(kept)
     return directory
 
 
-def _load(name: str, path: Path) -> ModuleType:
+def load_module(name: str, path: Path) -> ModuleType:
     """Load one compiled module under the name it was built with, its symbols visible to the next one."""
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))

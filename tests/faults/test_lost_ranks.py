@@ -8,9 +8,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,20 @@ import pytest
 from request_crowd import PARAMS, PROMPTS, Crowd, run_config
 from served_model import wait_until
 
-from dist_infer import LLM
+from dist_infer import LLM, gang
+from dist_infer.backend import PROCESS_FOOTPRINT_BYTES, LocalBackend
 from dist_infer.gang import Gang
 from dist_infer.gang_state import Degraded, Failed, Ready
 from dist_infer.model.adapter import StageModel
 from dist_infer.outputs import Failed as RequestFailed
 from dist_infer.outputs import Finished
 from partition.errors import ClusterError
+from partition.hardware import HardwareFacts
+from partition.plan import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 RECOVERED_S = 120.0
+RESERVE_BYTES = 64 << 20  # that the planner leaves
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +100,12 @@ def test_a_rank_that_stops_is_found_by_its_silence(two: LLM, undisturbed: list[l
 
 
 def test_a_rank_that_is_killed_while_nobody_asks_is_replaced(two: LLM, undisturbed: list[list[int]]) -> None:
-    """T01: before the next request comes."""
-    restarts, before = two.stats.num_gang_restarts, pids(two)
+    """T01: before the next request comes. Figures can be had all the same, as at the end of a batch."""
+    restarts, before, reports = two.stats.num_gang_restarts, pids(two), two.stream_reports()
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: isinstance(two.state, Degraded), 20)
+    assert two.stream_reports() == ()
+    assert two.summarise([], reports, time.monotonic()).num_passes == 0
     wait_until(lambda: isinstance(two.state, Ready), RECOVERED_S)
     wait_until(lambda: two.stats.num_gang_restarts == restarts + 1)
     assert_as_before(two, undisturbed)
@@ -209,3 +218,74 @@ def test_closing_does_not_wait_for_others_to_start(model: Path, store_root: Path
         assert not closing.is_alive()
         assert all(isinstance(end, Finished) and end.reason == "abort" for end in crowd.ends())
     wait_until(lambda: set(me.children(recursive=True)) <= before)
+
+
+class LosesANode(LocalBackend):
+    """A cluster of which a node is lost with the first ranks; the one that is left has `memory_bytes`."""
+
+    memory_bytes = 0
+    has_lost = False
+
+    def drop_lost_nodes(self, plan: Plan, ended: Mapping[int, Sequence[int]]) -> tuple[str, ...]:
+        assert {node: list(pids) for node, pids in ended.items()} == {0: [os.getpid()] * plan.pipeline}
+        self.has_lost = True
+        return ("node-b (10.0.0.2)",)
+
+    def facts(self, **wanted: Any) -> HardwareFacts:
+        found = super().facts(**wanted)
+        memory = self.memory_bytes if self.has_lost else found.nodes[0].memory_bytes
+        return HardwareFacts(nodes=(replace(found.nodes[0], memory_bytes=memory),))
+
+
+def lose_a_node_and_a_rank(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -> None:
+    """After some steps."""
+    layer, left = StageModel.layer, [400]
+
+    def fails_once(self: StageModel, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("planted")
+        return layer(self, *arguments)
+
+    monkeypatch.setattr(StageModel, "layer", fails_once)
+    monkeypatch.setattr(LosesANode, "memory_bytes", memory_bytes)
+    monkeypatch.setattr(gang, "make_backend", lambda config, name: LosesANode(config))
+
+
+def test_nodes_that_are_left_take_over_by_a_plan_of_their_own_and_what_that_costs_is_said(
+    model: Path, tmp_path: Path, undisturbed: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On less memory the same tokens come from a plan that streams. With real hosts: tests/namespaces."""
+    config = run_config(model, tmp_path, parallel={"pipeline": 2}, offload={"store": str(tmp_path), "slots": 2})
+    with LLM(config) as llm:
+        budget, layer_bytes = llm.plan.budgets[0], llm.plan.ranks[0].units[1].num_bytes
+        assert not any(rank.bytes_in("nvme") for rank in llm.plan.ranks)
+    fits = PROCESS_FOOTPRINT_BYTES + RESERVE_BYTES + budget.used_bytes
+    lose_a_node_and_a_rank(monkeypatch, fits - 2 * layer_bytes)
+    with LLM(config) as llm:
+        assert Crowd(llm).tokens() == undisturbed
+        assert any(rank.bytes_in("nvme") for rank in llm.plan.ranks)
+        assert isinstance(llm.state, Ready)
+        said = re.fullmatch(
+            r"without node-b \(10\.0\.0\.2\): .* output tok/s predicted, (.+) streamed per pass, .*; "
+            r"before: .* predicted, 0 B streamed per pass, .*",
+            llm.state.note,
+        )
+        assert said, llm.state.note
+        assert said[1] != "0 B"
+        assert_as_before(llm, undisturbed)
+
+
+def test_where_no_plan_fits_the_nodes_that_are_left_the_planner_says_why(
+    model: Path, store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: the same nodes would have no more room at the next attempt."""
+    lose_a_node_and_a_rank(monkeypatch, PROCESS_FOOTPRINT_BYTES)
+    with LLM(run_config(model, store_root, parallel={"pipeline": 2})) as llm:
+        ends = Crowd(llm).ends()
+        failed = [str(end.error) for end in ends if isinstance(end, RequestFailed)]
+        assert len(failed) == len(ends)
+        for words in failed:
+            assert "planted" in words
+            assert "stay in reserve before any weight is loaded" in words
+        assert isinstance(llm.state, Failed)

@@ -47,7 +47,6 @@ class Cluster:
             "TOKEN_FILE": str(self.disk / "token"),
             "RAY_START_ARGS": "--num-cpus=4 --disable-usage-stats --labels=tier=test",
             "PYTHONPATH": self.environment["PYTHONPATH"],  # what the cluster's own processes import
-            "DIST_INFER_TEST_HOST": self.hosts.mark,
         }
         done = subprocess.run(
             [RECIPE, "up", *(host.address for host in self._each())],

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ from typing import Any
 import psutil
 
 NETWORK = "10.77.0"
-MARK = "DIST_INFER_TEST_HOST"  # in the environment of all that hosts run: who started it
 _RAY_DIRECTORY = Path("/tmp/ray")
 _NAME = re.compile(r"^di(\d+)-")
 _COMMAND_S = 30.0
@@ -64,32 +64,42 @@ class Host:
     def popen(
         self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        own = {**os.environ, MARK: self._hosts.mark, **(environment or {})}
+        own = {**os.environ, **(environment or {})}
         return subprocess.Popen(self.command(arguments), text=True, env=own, start_new_session=True, **options)
 
     def run(
         self, arguments: Sequence[str | Path], environment: Mapping[str, str] | None = None, timeout_s: float = 60
     ) -> str:
         """Its output; AssertionError with all that it said when it fails."""
-        process = self.popen(arguments, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            output, errors = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-            raise AssertionError(f"{arguments} did not end within {timeout_s} s:\n{output}\n{errors}") from None
-        assert process.returncode == 0, f"{arguments} ended with {process.returncode}:\n{output}\n{errors}"
+        # files, no pipes: what it leaves running would keep those open
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self.popen(arguments, environment, stdout=out, stderr=err)
+            try:
+                process.wait(timeout_s)
+                how = f"ended with {process.returncode}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                how = f"did not end within {timeout_s} s"
+            out.seek(0)
+            err.seek(0)
+            output, errors = out.read(), err.read()
+        assert process.returncode == 0, f"{arguments} {how}:\n{output}\n{errors}"
         return output
+
+    def pids(self) -> list[int]:
+        """Of all that runs in it. By its namespace: a process may have overwritten its environment with its title."""
+        return [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]
 
 
 class Hosts:
     """`with Hosts(directory, 2) as hosts:`. Needs root and iproute2; fails with what is missing where they are not."""
 
     def __init__(self, directory: Path, count: int) -> None:
-        self.directory, self.mark = directory, uuid.uuid4().hex
+        self.directory = directory
         self.disk, self.names = directory / "disk", directory / "hosts"
         self.disk.mkdir(parents=True)
-        self._prefix = f"di{os.getpid()}-{self.mark[:4]}"
+        self._prefix = f"di{os.getpid()}-{uuid.uuid4().hex[:4]}"
         self._all = [Host(self, index) for index in range(count)]
 
     def __getitem__(self, index: int) -> Host:
@@ -130,28 +140,11 @@ class Hosts:
     def restore(self, index: int) -> None:
         _ip("-n", self.namespace("switch"), "link", "set", f"port{index}", "up")
 
-    def living(self) -> list[psutil.Process]:
-        """All that runs in the hosts."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def end(self, processes: Sequence[psutil.Process]) -> None:
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(processes, timeout=10)
-
     def close(self) -> None:
         """End what runs in them and take them away. Idempotent."""
-        while living := self.living():  # what is being started meanwhile is found the next time
-            self.end(living)
         for namespace in _namespaces():
             if namespace.startswith(f"{self._prefix}-"):
-                _ip("netns", "del", namespace)
+                _remove(namespace)
 
     def _make(self) -> None:
         switch = self.namespace("switch")
@@ -179,13 +172,26 @@ def _remove_leftovers() -> None:
     for namespace in _namespaces():
         owner = _NAME.match(namespace)
         if owner is not None and not psutil.pid_exists(int(owner[1])):
-            _ip("netns", "del", namespace)
+            _remove(namespace)
 
 
-def _ip(*arguments: str) -> None:
+def _remove(namespace: str) -> None:
+    """With all that runs in it."""
+    until = time.monotonic() + _COMMAND_S
+    while pids := [int(pid) for pid in _ip("netns", "pids", namespace).split()]:  # what is being started is found next
+        assert time.monotonic() < until, f"{pids} in {namespace} do not end"
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=1)
+    _ip("netns", "del", namespace)
+
+
+def _ip(*arguments: str) -> str:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=_COMMAND_S, check=False)
     if done.returncode != 0:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def main() -> None:

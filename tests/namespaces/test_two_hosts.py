@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from namespaces.asked import Asked
 from namespaces.cluster import Cluster, tokens_of
-from namespaces.hosts import Hosts
+from namespaces.hosts import Host, Hosts
+from served_model import wait_until
 
 from offload.format import MANIFEST_FILE, read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-_LONG = {"max_tokens": 150}
+CUT_S = 60.0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def first_launch(cluster: Cluster) -> dict[str, Any]:
     """On empty disks."""
     return cluster.launch(cluster.hosts[0], cluster.run_file(cluster.hosts[0]))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """What one host answers without Ray, with the same ranks."""
     host = cluster.hosts[0]
@@ -88,50 +94,81 @@ def test_each_host_packed_what_its_ranks_own(cluster: Cluster, first_launch: dic
     assert first_launch["pack"]["num_written"] == len(own[0] | own[1])
 
 
-@pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, first_launch: dict[str, Any]) -> list[list[int]]:
-    """Long answers, by a launch that finds everything packed."""
-    document = cluster.launch(cluster.hosts[0], cluster.run_file(cluster.hosts[0], run=_LONG))
-    assert document["pack"]["num_written"] == 0
-    return tokens_of(document)
+@pytest.fixture(scope="module")
+def run(cluster: Cluster, first_launch: dict[str, Any]) -> Iterator[Asked]:
+    """A run over both hosts that stays, and finds everything packed."""
+    file = cluster.run_file(cluster.hosts[0], cluster={"max_restarts": 10}, engine={"block_tokens": 4})
+    with Asked(cluster.hosts[0], file, cluster.environment) as asked:
+        yield asked
 
 
-def test_a_short_cut_is_a_pause(cluster: Cluster, undisturbed: list[list[int]]) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(run: Asked) -> list[list[int]]:
+    tokens = run.tokens()
+    state = run.state()
+    assert (state["packed"], state["restarts"]) == (0, 0)
+    assert state["hosts"] == ["host0", "host0", "host1", "host1"]
+    return tokens
+
+
+def test_a_short_cut_is_a_pause(cluster: Cluster, run: Asked, undisturbed: list[list[int]]) -> None:
     """Two seconds without a cable: the same tokens, none lost, none twice."""
-    process = _launched(cluster)
+    run.begin_crowd()
     cluster.hosts.cut(1)
     try:
         time.sleep(2)  # the fault itself, not a wait for something
     finally:
         cluster.hosts.restore(1)
-    assert _tokens_at_the_end(process) == undisturbed
+    assert run.expect("tokens") == undisturbed
 
 
-def test_a_host_that_stays_cut_off_is_done_without(cluster: Cluster, undisturbed: list[list[int]]) -> None:
-    """FAULTS T31: the other host takes over its stage and goes on from the tokens so far; later both are used again."""
-    process = _launched(cluster)
-    cluster.hosts.cut(1)
+def test_a_host_that_is_cut_off_is_done_without_and_comes_back_fenced(
+    cluster: Cluster, run: Asked, undisturbed: list[list[int]]
+) -> None:
+    """FAULTS T31: the other host takes over its stage from the tokens so far; its ranks end, and change nothing."""
+    hosts = cluster.hosts
+    run.begin_crowd()
+    assert ranks_on(hosts[1])
+    hosts.cut(1)
+    until = time.monotonic() + CUT_S
     try:
-        assert _tokens_at_the_end(process) == undisturbed
+        assert run.expect("tokens") == undisturbed
+        alone = run.state()
+        assert alone["hosts"] == ["host0"] * 4
+        assert re.match(r"without host1 \(10\.77\.0\.2\): .* predicted, .*; before: ", alone["note"])
+        time.sleep(max(0.0, until - time.monotonic()))
     finally:
-        cluster.hosts.restore(1)
+        hosts.restore(1)
+    wait_until(lambda: not ranks_on(hosts[1]), 60)
+    assert run.tokens() == undisturbed
+    after = run.state()
+    assert (after["pids"], after["restarts"]) == (alone["pids"], alone["restarts"])
 
 
-def _launched(cluster: Cluster) -> subprocess.Popen[str]:
-    """A launch with long answers, of which the first tokens are out."""
-    host = cluster.hosts[0]
-    command = [sys.executable, "-m", "launch.cli", "launch", cluster.run_file(host, run=_LONG), "--json"]
-    process = host.popen(command, cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("[1] ") and not line.startswith("[1] >"):  # that is the prompt
-            return process
-    raise AssertionError(f"it ended before there was an answer:\n{''.join(lines)}")
+def test_without_rays_head_open_requests_finish_and_later_ones_are_told(
+    cluster: Cluster, run: Asked, undisturbed: list[list[int]]
+) -> None:
+    """FAULTS T32: ranks need no head to compute; before Ray ends everything, the run ends with its own words."""
+    run.begin_crowd()
+    kill_head(cluster.hosts[0])
+    assert run.expect("tokens") == undisturbed
+    run.wait_for_state("Failed", 60)
+    assert "Ray's head (GCS) has not answered for" in run.state()["cause"]
+    assert "launch again" in run.refusal()
+    assert run.end(20) == 0  # and closing it waits for nobody who is gone
 
 
-def _tokens_at_the_end(process: subprocess.Popen[str]) -> list[list[int]]:
-    output, errors = process.communicate(timeout=150)
-    assert process.returncode == 0, errors
-    return tokens_of(json.loads(output))
+def ranks_on(host: Host) -> list[int]:
+    return [pid for pid in host.pids() if titled(pid, "ray::RankActor")]
+
+
+def titled(pid: int, title: str) -> bool:
+    try:
+        return psutil.Process(pid).cmdline()[:1] == [title]
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_head(host: Host) -> None:
+    (head,) = [pid for pid in host.pids() if psutil.Process(pid).name() == "gcs_server"]
+    os.kill(head, signal.SIGKILL)

@@ -53,6 +53,30 @@ def test_the_command_is_interrupted(number: signal.Signals, shell: Shell, write_
     shell.assert_nothing_left()
 
 
+def test_it_is_killed_before_it_is_ready(shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
+    """Guards against a command that waits for ever, or says that it runs: the signal is named, and nothing is left."""
+    process = shell.start("launch", write_run(tmp_path, run=LONG, engine=ROOM), "--detach")
+    read_until(process, "starting workers")
+    shell.record("tiny").process.send(signal.SIGKILL)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 4, text
+    assert "tiny was ended by signal 9 (Killed) before it was ready" in text
+    shell.assert_nothing_left()
+
+
+def test_it_is_ended_before_it_is_ready(shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
+    """Guards against a command that calls a run ready which somebody has ended, as `down` does."""
+    process = shell.start("launch", write_run(tmp_path, run=LONG, engine=ROOM), "--detach")
+    read_until(process, "starting workers")
+    shell.record("tiny").process.send(signal.SIGINT)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, text
+    assert "tiny was ended before it was ready" in text
+    assert shell.status("tiny")["state"] == "ended"
+    assert shell.run("down", "tiny").code == 0
+    shell.assert_nothing_left()
+
+
 def test_down_ends_what_runs(shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
     """A second launch of the name is refused meanwhile (T25), drain says that there is nothing to drain."""
     file = write_run(tmp_path, run=LONG, engine=ROOM)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from named_runs import MARK, Shell, WriteRun, read_until
 
+from dist_infer import load_config
+from launch.runs.announce import Announcer
+from launch.runs.place import private_directory, run_directory
+from launch.runs.record import write_record
+from launch.runs.run import Run
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 START = """
 import ray, sys
-context = ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
+context = ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
 print("at", context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
@@ -38,8 +46,8 @@ def address(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv(MARK, shell.mark)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", START], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen([sys.executable, "-c", START], stdin=pipe, stdout=pipe, stderr=both, text=True)
     yield read_until(process, "at ").splitlines()[-1].split()[1]
     process.communicate()
 
@@ -72,3 +80,45 @@ def test_a_killed_driver(address: str, shell: Shell, write_run: WriteRun, tmp_pa
     done = shell.run("down", "tiny")
     assert (done.code, done.out) == (0, "tiny: was killed already; what it left is gone\n")
     assert left(address, label)[:2] == [0, 0]
+
+
+def test_ended_by_force(address: str, shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
+    """T28: the second Ctrl-C cannot clear up in the cluster; it says who does, and the name stays known until then.
+
+    A run that ends in order leaves nothing either.
+    """
+    file = write_run(tmp_path, cluster={"executor": "ray", "address": address})
+    process = shell.start("launch", file)
+    read_until(process, "serving")
+    label = f"tiny-{shell.record('tiny').run_id[:8]}"
+    process.send_signal(signal.SIGTERM)
+    read_until(process, "draining")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=15)
+    assert (process.returncode, "`dist-infer down tiny`" in text) == (130, True)
+    assert shell.run("down", "tiny").code == 0
+    assert left(address, label)[:2] == [0, 0]
+    assert list(shell.state.glob("dist-infer/*/*")) == []
+    done = shell.run("launch", file, "--detach")
+    assert done.code == 0, done.err
+    label = f"tiny-{shell.record('tiny').run_id[:8]}"
+    assert shell.run("down", "tiny").out == "tiny: ended\n"
+    assert left(address, label)[:2] == [0, 0]
+
+
+def test_a_cluster_that_does_not_answer(shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
+    """Guards `down` against forgetting what it could not clear up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(shell.state))
+        file = write_run(tmp_path, cluster={"executor": "ray", "address": "127.0.0.1:1"})
+        with Run(load_config(file), file, Announcer(None, None)) as run:
+            dead = replace(run.record, process=replace(run.record.process, start_ticks=1))
+        write_record(private_directory(run_directory("tiny")), dead)
+    done = shell.run("down", "tiny")
+    assert done.code == 4
+    assert "127.0.0.1:1" in done.err
+    assert "--now if it is gone for good" in done.err
+    assert shell.status("tiny")["state"] == "killed"
+    assert shell.run("down", "tiny", "--now").code == 0
+    assert shell.run("down", "tiny").out == "tiny: nothing is there\n"

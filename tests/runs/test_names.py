@@ -39,8 +39,8 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MARK, "")  # set by the runs below, and not for the tests after them
 
 
-def make_run(tmp_path: Path, write_run: WriteRun) -> Run:
-    file = write_run(tmp_path, run=GENERATE)
+def make_run(tmp_path: Path, write_run: WriteRun, **sections: dict[str, object]) -> Run:
+    file = write_run(tmp_path, run=GENERATE, **sections)
     return Run(load_config(file), file, Announcer(None, None))
 
 
@@ -105,6 +105,29 @@ def test_what_is_written_down_is_how_it_stands(tmp_path: Path, write_run: WriteR
         assert not run.note("ready")
         (directory / "run.json").write_text("{half")
         assert read_record(directory) is None, "what was damaged is no run, and no traceback"
+
+
+def test_the_environment_is_as_it_was(tmp_path: Path, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards whoever starts a Ray in the same process afterwards: the token and the directory are gone with the run."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another-clusters")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    before = dict(os.environ)
+    with make_run(tmp_path, write_run, cluster={"executor": "ray"}) as run:
+        assert os.environ["RAY_TMPDIR"] == run.record.home
+        assert "RAY_AUTH_TOKEN" not in os.environ
+        assert os.environ[MARK] == run.record.run_id
+    assert dict(os.environ) == before
+    monkeypatch.setattr("launch.runs.run.write_record", _disk_full)
+    with (
+        pytest.raises(ConfigError, match=r"disk full\. Set XDG_STATE_HOME"),
+        make_run(tmp_path, write_run, cluster={"executor": "ray"}),
+    ):
+        pytest.fail("a run that is written down nowhere")
+    assert dict(os.environ) == before
+
+
+def _disk_full(_directory: Path, _record: object) -> None:
+    raise OSError("disk full")
 
 
 def test_a_failed_run_is_kept_until_the_next_one(tmp_path: Path, write_run: WriteRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -75,6 +76,24 @@ def test_all_that_carries_the_mark_is_ended(tmp_path: Path) -> None:
         assert not home.exists()
         assert other.poll() is None
         other.kill()
+
+
+def test_shared_memory_that_others_have_mapped_stays(tmp_path: Path) -> None:
+    """Guards other programs: CUDA, for one, has files that all processes of a user share."""
+    mark = f"DIST_INFER_RUN={tmp_path.name}-{os.getpid()}"
+    variable, value = mark.split("=")
+    shared = Path(f"/dev/shm/dist-infer-test-{os.getpid()}")
+    try:
+        with shared.open("w+b") as file:
+            file.truncate(4096)
+            with mmap.mmap(file.fileno(), 4096):
+                command = [sys.executable, "-c", ORPHAN, str(shared)]
+                subprocess.run(command, env={**os.environ, variable: value}, stdout=subprocess.PIPE, check=True)
+                assert reap.reap(mark, None) == []
+                assert reap.marked(mark) == []
+                assert shared.exists()
+    finally:
+        shared.unlink()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

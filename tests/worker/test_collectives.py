@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from rank_processes import HOST, output, processes
 
-from dist_infer.worker.collectives import NoGroup, bind_rendezvous, join_rendezvous
+from dist_infer.worker.collectives import NoGroup, join_rendezvous
 from partition.errors import ClusterError
 
 pytestmark = pytest.mark.slow
-HOST = "127.0.0.1"
-PROLOGUE = f"""
-import os, signal, sys, time
-import torch
-from dist_infer.worker import collectives
-from partition.errors import ClusterError
-torch.set_num_threads(1)
-port, rank, tensor, stages, timeout_s = (int(value) for value in sys.argv[1:])
-store = collectives.join_rendezvous("{HOST}", port, tensor * stages, timeout_s)
-def join():
-    return collectives.connect(
-        store=store, own_host="{HOST}", rank=rank, tensor=tensor, stages=stages, device="cpu", timeout_s=timeout_s
-    )
-"""
-
-
-@contextmanager
-def processes(
-    script: str, *, tensor: int, stages: int = 1, timeout_s: int = 20, only: range | None = None
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """The script once for every rank (or those of `only`); what is left at the end is killed."""
-    store, port = bind_rendezvous(HOST, tensor * stages, timeout_s)
-    code = PROLOGUE + textwrap.dedent(script)
-    with ExitStack() as stack:
-        started = []
-        for rank in only if only is not None else range(tensor * stages):
-            arguments = [str(value) for value in (port, rank, tensor, stages, timeout_s)]
-            process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
-            stack.callback(process.stdout.close)
-            stack.callback(process.wait, 10)
-            stack.callback(process.kill)
-            started.append(process)
-        yield started
-    del store  # the ranks needed it until now
-
-
-def output(process: subprocess.Popen[str], timeout_s: float = 60) -> str:
-    text, _ = process.communicate(timeout=timeout_s)
-    return text.strip()
 
 
 def test_sums_and_uneven_slices_of_two_ranks() -> None:
@@ -84,7 +42,7 @@ def test_hidden_states_go_from_stage_to_stage_within_their_tensor_rank() -> None
     if rank < 2:
         for step in range(2):
             link.send(torch.full((1, 2, 3), 10. * step + rank).bfloat16())
-        link.flush()
+        link.close()
         print("sent", flush=True)
     else:
         got = [link.receive((1, 2, 3), torch.bfloat16, torch.device("cpu")).unique().tolist() for _ in range(2)]
@@ -99,22 +57,92 @@ def test_hidden_states_go_from_stage_to_stage_within_their_tensor_rank() -> None
 @pytest.mark.parametrize("what", ["group.all_reduce(torch.ones(4))", "group.gather_columns(torch.ones(1, 2), (2, 2))"])
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGSTOP)", "os._exit(0)"], ids=["stopped", "gone"])
 def test_a_silent_peer_is_an_error_within_the_timeout(what: str, how: str) -> None:
+    """By gloo; sums in shared memory: test_shm_reduce.py."""
     script = f"""
-    group, link = join()
+    group, link = join(share_memory=False)
     group.all_reduce(torch.ones(1))
     if rank == 1:
         {how}
     started = time.monotonic()
     try:
         {what}
-    except RuntimeError:
-        print("error", round(time.monotonic() - started), flush=True)
+    except ClusterError as error:
+        print(round(time.monotonic() - started), error, flush=True)
     os._exit(0)
     """
     with processes(script, tensor=2, timeout_s=3) as (first, _):
-        word, seconds = output(first).split()
-    assert word == "error"
+        seconds, _, words = output(first).partition(" ")
+    assert re.match(r"a (sum|gather) with tensor rank 1 failed: ", words)
     assert int(seconds) <= 15  # the process group would wait for minutes
+
+
+def test_a_stage_computes_on_while_the_next_one_has_not_asked_for_what_it_sent() -> None:
+    """As many hidden states are on their way as steps are in flight; the next stage is still at an earlier step."""
+    script = """
+    group, link = join(steps_in_flight=2)
+    if rank == 0:
+        for step in range(2):
+            link.send(torch.full((1, 500, 64), float(step)))
+        store.set("computed on", "yes")
+        link.close()
+        link.check()
+    else:
+        store.wait(["computed on"])
+        print([link.receive((1, 500, 64), torch.float32, torch.device("cpu")).unique().item() for _ in range(2)])
+    collectives.disconnect()
+    """
+    with processes(script, tensor=1, stages=2, timeout_s=10) as ranks:
+        assert [output(rank) for rank in ranks] == ["", "[0.0, 1.0]"]
+
+
+def test_a_send_that_fails_is_an_error_of_the_next_step() -> None:
+    """Nobody waits for a send, so its error must not be lost."""
+    script = """
+    group, link = join(steps_in_flight=2)
+    if rank == 1:
+        os._exit(0)
+    link.send(torch.ones(1, 3, 4))
+    while link._error is None:
+        time.sleep(0.01)
+    try:
+        link.send(torch.ones(1, 3, 4))
+    except ClusterError as error:
+        print(error, flush=True)
+    os._exit(0)
+    """
+    with processes(script, tensor=1, stages=2, timeout_s=10) as (first, _):
+        assert output(first).startswith("hidden states did not get to rank 1: ")
+
+
+def test_every_group_has_the_timeout_of_a_step() -> None:
+    """torch would give those that are made from others its own, of half an hour."""
+    script = """
+    group, link = join()
+    cpu = torch.device("cpu")
+    for made in (link._group, group._group):
+        print(made._get_backend(cpu).options._timeout.total_seconds())
+    collectives.disconnect()
+    """
+    with processes(script, tensor=2, stages=2, timeout_s=17) as ranks:
+        assert [output(rank).split() for rank in ranks] == [["17.0", "17.0"]] * 4
+
+
+def test_nccl_ends_a_process_whose_collective_fails_unless_the_operator_wants_it_otherwise() -> None:
+    """Its calls return at once: without its watchdog nobody hears of an error. A machine without GPUs gets this far."""
+    script = """
+    os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = "77"
+    try:
+        collectives.connect(
+            store=store, own_host="127.0.0.1", rank=0, tensor=1, stages=1, device="cuda", timeout_s=timeout_s
+        )
+    except (ClusterError, ValueError):
+        pass
+    print({name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL_")}, flush=True)
+    os._exit(0)
+    """
+    wanted = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "77", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    with processes(script, tensor=1, only=range(1)) as (first,):
+        assert output(first) == str(wanted)
 
 
 def test_a_stage_whose_sender_is_silent_gets_an_error_within_the_timeout() -> None:
@@ -124,13 +152,13 @@ def test_a_stage_whose_sender_is_silent_gets_an_error_within_the_timeout() -> No
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
         link.receive((1, 1, 4), torch.float32, torch.device("cpu"))
-    except RuntimeError:
-        print("error", flush=True)
+    except ClusterError as error:
+        print(error, flush=True)
     os._exit(0)
     """
     started = time.monotonic()
     with processes(script, tensor=1, stages=2, timeout_s=3) as (_, second):
-        assert output(second) == "error"
+        assert output(second).startswith("no hidden states from rank 0 within 3 s (engine.step_timeout): ")
     assert time.monotonic() - started < 40
 
 

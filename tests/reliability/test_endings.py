@@ -1,0 +1,108 @@
+"""Injections that end a run, under load: nobody waits for ever, nothing is left, and the next launch works at once.
+
+The local executor: ranks are children of the replica. Runs of one name, one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+from named_runs import until
+from reliability.clients import NUM_STREAMING, Asked, Clients
+from reliability.figures import IS_WHOLE, count
+from reliability.injections import end_driver, kill_rank
+from reliability.suffering import Case, assert_ends, suffer
+from reliability.system import System
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+_GONE_S = 15.0
+_INTERRUPTED_S = 10.0
+_HEADLESS_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def system(launch: Callable[..., System], config: dict[str, Any]) -> System:
+    return launch({**config, "run": {"kind": "serve", "limits": {"drain_time": 1}}})
+
+
+def end_under_load(system: System, number: signal.Signals, within_s: float) -> tuple[list[Asked], int, float]:
+    """What was asked, what was in flight, seconds until the process of the launch was gone."""
+    with Clients(system.url, system.questions) as clients:
+        until(lambda: clients.num_busy >= NUM_STREAMING // 2, 60)
+        in_flight, hurt_s = clients.num_in_flight, time.monotonic()
+        driver = end_driver(system, number)
+        assert not psutil.wait_procs([driver], timeout=within_s)[1], f"it was there after {within_s:g} s"
+        gone_s = time.monotonic() - hurt_s
+        asked = clients.finish()
+    return asked, in_flight, gone_s
+
+
+def test_a_child_of_the_replica_is_killed(system: System) -> None:
+    """T01 with the local executor: a pause, as on Ray."""
+    suffer(system, Case(id="T01", injected="kill -9 of tensor rank 1 (local executor)", inject=kill_rank(1)))
+
+
+def test_the_driver_is_killed(system: System) -> None:
+    """T07: connections are cut, no request hangs, all processes are gone; the next launch of the name is ready."""
+    home = system.shell.record("tiny").home
+    asked, in_flight, _ = end_under_load(system, signal.SIGKILL, 5)
+    began_s = time.monotonic()
+    _, alive = psutil.wait_procs(system.shell.processes(), timeout=_GONE_S)
+    gone_s = time.monotonic() - began_s
+    assert alive == []
+    assert home is not None
+    until(lambda: not os.path.exists(home), 5)
+    again_s = system.launch()
+    note = f"all processes gone after {gone_s:.1f} s; ready: a new launch"
+    count("T07", "kill -9 of the driver", asked, in_flight=in_flight, ready_s=again_s, note=note)
+    assert_ends(asked, may_fail=True, may_cut=True)
+
+
+@pytest.mark.parametrize("role", ["gcs", "raylet"] if IS_WHOLE else ["raylet"])
+def test_a_part_of_ray_is_killed(system: System, role: str) -> None:
+    """T32: the run goes on for as long as Ray lets it, then ends; every request has an end, the next launch works."""
+    driver = psutil.Process(system.shell.record("tiny").process.pid)
+    with Clients(system.url, system.questions) as clients:
+        until(lambda: clients.num_busy >= NUM_STREAMING // 2, 60)
+        in_flight, hurt_s = clients.num_in_flight, time.monotonic()
+        for victim in system.of_role(role):
+            victim.kill()
+        assert not psutil.wait_procs([driver], timeout=_HEADLESS_S)[1], f"it was there after {_HEADLESS_S:g} s"
+        gone_s = time.monotonic() - hurt_s
+        asked = clients.finish()
+    record = system.shell.record("tiny")
+    _, alive = psutil.wait_procs(system.shell.processes(), timeout=_GONE_S)
+    again_s = system.launch()
+    note = f"the run ended after {gone_s:.1f} s ({record.state}); ready: a new launch"
+    injected = f"kill -9 of Ray's {'head (GCS)' if role == 'gcs' else role}"
+    count("T32", injected, asked, in_flight=in_flight, ready_s=again_s, note=note)
+    assert_ends(asked, may_fail=True, may_cut=True)
+    assert alive == []
+    assert record.state in ("failed", "killed"), record
+
+
+def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
+    """T29: what is not done in drain_time ends with an error that says so; exit 0."""
+    asked, in_flight, gone_s = end_under_load(system, signal.SIGTERM, 30)
+    count("T29", "SIGTERM, drain_time 1 s", asked, in_flight=in_flight, note=f"ended after {gone_s:.1f} s, exit 0")
+    assert_ends(asked, may_fail=True, may_cut=False, may_refuse=True)
+    record = system.shell.record("tiny")
+    assert (record.state, record.exit_code) == ("ended", 0)
+    assert system.shell.run("down", "tiny").code == 0
+    system.shell.assert_nothing_left()
+
+
+def test_interrupted_under_load(system: System) -> None:
+    """T28: Ctrl-C: within 10 s, every request with an end that it can read, nothing left."""
+    system.launch()
+    asked, in_flight, gone_s = end_under_load(system, signal.SIGINT, _INTERRUPTED_S)
+    count("T28", "Ctrl-C while serving", asked, in_flight=in_flight, note=f"ended after {gone_s:.1f} s")
+    assert_ends(asked, may_fail=True, may_cut=False, may_refuse=True)
+    assert system.shell.run("down", "tiny").code == 0
+    system.shell.assert_nothing_left()
