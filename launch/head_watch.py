@@ -1,8 +1,8 @@
 """Whether Ray itself is there: its head (GCS), which knows all nodes and actors, and this node's own part (raylet).
 
-Ranks compute without a head, so nothing else notices that it is gone, until Ray ends every process that has missed it for a
-minute (RAY_gcs_rpc_server_reconnect_timeout_s), this one too, without our last words. Calls that need it wait meanwhile.
-A head that comes back in time was never lost. That of a Ray that was started for one run never does.
+Ranks compute without a head, so nothing else notices that it is gone, until Ray ends every process that has missed it
+for a minute, this one too, without our last words. Calls that need it wait meanwhile. A head that comes back in time was
+never lost. That of a Ray that was started for one run never does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from partition.errors import ClusterError, ClusterGoneError
 _INTERVAL_S = 1.0
 _ANSWER_S = 2.0
 _SILENT_S = 5.0
-_RAYS_PATIENCE_S = 60.0
+_RAYS_SETTING, _RAYS_PATIENCE_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 _OURS = 0.7  # of that: what is left is for requests to end with an error, and for this process to end by itself
 
 Ask = Callable[[float], str]
@@ -138,4 +138,4 @@ def ask_own() -> Ask:
 
 
 def _patience() -> float:
-    return _OURS * float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", _RAYS_PATIENCE_S))
+    return _OURS * float(os.environ.get(_RAYS_SETTING, _RAYS_PATIENCE_S))

@@ -244,9 +244,7 @@ def _remove(name: str, label: str) -> None:
         ) from error
 
 
-def _serve(
-    handle: Any, backend: RayBackend, drain_s: float, signals: Signals, entry: Run, console: Console
-) -> None:
+def _serve(handle: Any, backend: RayBackend, drain_s: float, signals: Signals, entry: Run, console: Console) -> None:
     """Until SIGTERM. What becomes of the replica meanwhile is noted, and said when it changes.
 
     Raises ClusterError when Ray itself is lost, and what the engine has failed with when Serve does not replace it.

@@ -1,4 +1,4 @@
-"""The scripts of docs/deploy with stand-ins for what they call: what is asked of it, in which order, and with what secrets.
+"""The scripts of docs/deploy with stand-ins for what they call: what is asked of those, when, and with what secrets.
 
 With a real Ray: tests/namespaces.
 """

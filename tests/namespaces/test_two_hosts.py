@@ -164,7 +164,7 @@ def ranks_on(host: Host) -> list[int]:
 
 def titled(pid: int, title: str) -> bool:
     try:
-        return psutil.Process(pid).cmdline()[:1] == [title]
+        return "".join(psutil.Process(pid).cmdline()).startswith(title)
     except psutil.NoSuchProcess:
         return False
 
