@@ -41,7 +41,8 @@ class LLM:
 
     config: path of a run file, a mapping of the same shape, or a RunConfig; its `run` section is not used.
     overrides: `a.b=c` texts. on_progress: called while packing, starting and loading.
-    timeline: record when each unit is read and computed, for `timelines`.
+    timeline: record when each unit is read and computed, for `timelines`. apart: no rank computes in this process,
+    also where there is one rank alone: for a process that has other things to do, such as clients.
     Raises the tree of dist_infer.errors; what was started until then is ended.
     """
 
@@ -52,10 +53,11 @@ class LLM:
         overrides: Sequence[str] = (),
         on_progress: OnProgress | None = None,
         timeline: bool = False,
+        apart: bool = False,
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         with ExitStack() as stack:
-            self.gang = Gang(run, on_progress or _silent, timeline=timeline)
+            self.gang = Gang(run, on_progress or _silent, timeline=timeline, apart=apart)
             stack.callback(self.gang.close)
             side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
             # A GGUF's tokenizer takes seconds to convert: meanwhile workers start. Not beside ranks in this process:

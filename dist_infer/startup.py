@@ -244,10 +244,12 @@ class Gang:
     Owns backend and executor; `close` ends both. timeline: the ranks record what `executor.timelines` gives.
     """
 
-    def __init__(self, config: RunConfig, on_progress: OnProgress, *, timeline: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, on_progress: OnProgress, *, timeline: bool = False, apart: bool = False
+    ) -> None:
         with ExitStack() as stack:
             self.model = open_model(config)
-            self._backend: Backend = make_backend(config.cluster, config.name)
+            self._backend: Backend = make_backend(config.cluster, config.name, apart=apart)
             stack.callback(self._backend.close)
             footprint = self._backend.footprint(config.parallel.tensor, config.parallel.pipeline)
             with_devices = config.cluster.device != "cpu"

@@ -121,11 +121,12 @@ class SpawnedExecutor:
         for child, setup in zip(self._children, self._setups, strict=True):
             self._tell(child, pack_frame("setup", encode(setup)))
         self._answers(deadline)
-        self._tell(self._children[0], pack_frame("bind"))
-        port = self._answers(deadline, self._children[:1])[0][0]["port"]
-        for child in self._children:
-            self._tell(child, pack_frame("connect", port=port))
-        self._answers(deadline)
+        if len(self._children) > 1:
+            self._tell(self._children[0], pack_frame("bind"))
+            port = self._answers(deadline, self._children[:1])[0][0]["port"]
+            for child in self._children:
+                self._tell(child, pack_frame("connect", port=port))
+            self._answers(deadline)
         for child in self._children:
             self._tell(child, pack_frame("load"))
         bodies = [body for _, body in self._answers(deadline)]
