@@ -46,6 +46,8 @@ URL = f"http://127.0.0.1:{PORT}"
 MAX_MODEL_LEN = 512
 GREEDY = {"temperature": 0, "ignore_eos": True}
 WARM_UP = 4
+# By default it computes on all cores but one, which is left to its server. Ours computes on all of them.
+VLLM_WAYS: dict[str, dict[str, str]] = {"vLLM": {}, "vLLM on all cores": {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,6 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
             _add(found, "ours, served", _served(URL, MODEL_NAME, job, prompts))
         if arguments.vllm:
             told |= {"model": str(work / "model"), "max_model_len": MAX_MODEL_LEN}
-            variables = _vllm_variables(arguments.vllm)
-            _add(found, "vLLM, engine", _offline([arguments.vllm], "vllm_offline.py", told, variables))
             command = [
                 *(arguments.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(work / "model")),
                 *("--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN), "--served-model-name", MODEL_NAME),
@@ -124,8 +124,11 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
                 "--no-enable-prefix-caching",
             ]
             url = f"http://127.0.0.1:{VLLM_PORT}"
-            with serving(command, f"{url}/health", work / "vllm.log", variables):
-                _add(found, "vLLM, served", _served(url, MODEL_NAME, job, prompts))
+            for name, more in VLLM_WAYS.items():
+                variables = _vllm_variables(arguments.vllm) | more
+                _add(found, f"{name}, engine", _offline([arguments.vllm], "vllm_offline.py", told, variables))
+                with serving(command, f"{url}/health", work / "vllm.log", variables):
+                    _add(found, f"{name}, served", _served(url, MODEL_NAME, job, prompts))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
     print(overhead_table(found, job))
     return {"job": vars_of(job), "rounds": found}
@@ -203,7 +206,7 @@ def overhead_table(found: Mapping[str, list[dict[str, float]]], job: Job) -> str
         f"| | tok/s, {job.concurrency} streams | kept | TTFT, one request | more |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for engine, served in (("ours, engine", "ours, served"), ("vLLM, engine", "vLLM, served")):
+    for engine, served in ((f"{name}, engine", f"{name}, served") for name in ("ours", *VLLM_WAYS)):
         if engine not in found:
             continue
         rate, first = median(engine, "tokens_per_s"), median(engine, "ttft_s")

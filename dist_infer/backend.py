@@ -110,10 +110,10 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """This machine, without Ray."""
+    """This machine, without Ray. apart: also a single rank has a process of its own."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        self._config = config
+    def __init__(self, config: ClusterConfig, *, apart: bool = False) -> None:
+        self._config, self._apart = config, apart
 
     def facts(
         self,
@@ -132,15 +132,15 @@ class LocalBackend:
         return {0: here(order.units[0])}
 
     def footprint(self, tensor: int, pipeline: int) -> Footprint:
-        """One process for the coordinator; with tensor > 1 one more per tensor rank, shared by its stages."""
-        rank_bytes = PROCESS_FOOTPRINT_BYTES // pipeline if tensor > 1 else 0
+        """One process for the coordinator; apart or with tensor > 1 one more per tensor rank, shared by its stages."""
+        rank_bytes = PROCESS_FOOTPRINT_BYTES // pipeline if tensor > 1 or self._apart else 0
         return Footprint(rank_bytes=rank_bytes, launcher_bytes=PROCESS_FOOTPRINT_BYTES)
 
     def executor(self, spec: RankSpec, on_step: OnStep) -> Executor:
         plan, timeout = spec.plan, self._config.start_timeout
         # Stages of one process compute one after the other: each may use what its process may use.
         threads = min(max(rank.threads for rank in plan.ranks) * plan.pipeline, max(1, cores() // plan.tensor))
-        if plan.tensor == 1:
+        if self.computes_here(plan):
             from dist_infer.worker.in_process_executor import InProcessExecutor
 
             ranks = tuple(range(plan.pipeline))
@@ -163,7 +163,7 @@ class LocalBackend:
         return ()  # and its executors wait for their processes
 
     def computes_here(self, plan: Plan) -> bool:
-        return plan.tensor == 1
+        return plan.tensor == 1 and not self._apart
 
     def close(self) -> None:
         """Nothing outlives the executor."""
@@ -174,10 +174,13 @@ def _devices(plan: Plan, ranks: tuple[int, ...]) -> tuple[str, ...]:
     return tuple(f"cuda:{rank}" if plan.device == "cuda" else "cpu" for rank in ranks)
 
 
-def make_backend(config: ClusterConfig, name: str) -> Backend:
-    """The backend that `cluster.executor` names. name: the run's, for what shows up in the cluster's own tools."""
+def make_backend(config: ClusterConfig, name: str, *, apart: bool = False) -> Backend:
+    """The backend that `cluster.executor` names. name: the run's, for what shows up in the cluster's own tools.
+
+    apart: no rank in this process.
+    """
     if config.executor == "local":
-        return LocalBackend(config)
+        return LocalBackend(config, apart=apart)
     for found in entry_points(group=ENTRY_POINTS, name=config.executor):
         try:
             kind = found.load()

@@ -131,8 +131,8 @@ class ClusterConfig(Section):
 
     executor: Literal["local", "ray"] = Field(
         "local",
-        description="local: this machine, no Ray (one process; with parallel.tensor > 1 one process per tensor rank). "
-        "ray: one actor per rank.",
+        description="local: this machine, no Ray (one process; one more for each tensor rank with "
+        "parallel.tensor > 1 and where the run serves). ray: one actor per rank.",
     )
     address: str | None = Field(
         None,

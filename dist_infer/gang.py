@@ -43,17 +43,17 @@ class Gang:
     """The ranks of one plan: planned and packed by the constructor, running after `start`.
 
     Owns backend and executor; `close` ends both. `replace` puts other ranks in the place of those that were lost.
-    timeline: the ranks record what `executor.timelines` gives.
+    timeline: the ranks record what `executor.timelines` gives. apart: none of them is in this process.
     """
 
-    def __init__(self, config: RunConfig, on_step: OnStep, *, timeline: bool = False) -> None:
+    def __init__(self, config: RunConfig, on_step: OnStep, *, timeline: bool = False, apart: bool = False) -> None:
         self._config, self._on_step, self._timeline = config, on_step, timeline
         self._starting = threading.Lock()  # guards the two below
         self._executors: list[Executor] = []  # that are not closed
         self._is_stopped = False
         with ExitStack() as stack:
             self.model = open_model(config)
-            self._backend: Backend = make_backend(config.cluster, config.name)
+            self._backend: Backend = make_backend(config.cluster, config.name, apart=apart)
             stack.callback(self._backend.close)
             self._prepared = self._prepare()
             self.executor = self._make_executor(self._prepared.spec)

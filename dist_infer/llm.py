@@ -47,6 +47,8 @@ class LLM:
     overrides: `a.b=c` texts. on_progress: called while packing, starting and loading.
     timeline: record when each unit is read and computed, for `timelines`; then a rank that is lost, and with it what it
     has recorded, is an error at once. Otherwise others take its place, as often as cluster.max_restarts allows.
+    apart: no rank computes in this process, also where there is one rank alone: for a process that has other things to
+    do, such as clients.
     Raises the tree of dist_infer.errors; what was started until then is ended.
     """
 
@@ -57,13 +59,14 @@ class LLM:
         overrides: Sequence[str] = (),
         on_progress: OnProgress | None = None,
         timeline: bool = False,
+        apart: bool = False,
     ) -> None:
         run = config if isinstance(config, RunConfig) else load_config(config, overrides)
         show = on_progress or _silent
         self._timeline = timeline
         with ExitStack() as stack:
             self._supervisor = Supervisor(run.cluster, lambda state: show(progress_of(state)))
-            self.gang = Gang(run, self._supervisor.note, timeline=timeline)
+            self.gang = Gang(run, self._supervisor.note, timeline=timeline, apart=apart)
             stack.callback(self.gang.close)
             side = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="dist-infer-tokenizer"))
             # A GGUF's tokenizer takes seconds to convert: meanwhile workers start. Not beside ranks in this process:

@@ -114,6 +114,17 @@ def test_prompts_may_be_one_list_or_many(llm: LLM) -> None:
     assert llm.generate([], GREEDY) == []
 
 
+def test_a_rank_apart_computes_in_a_process_of_its_own(llm: LLM, path: Path, store_root: Path) -> None:
+    """An endpoint's connections are not held up by a pass, nor a pass by them."""
+    assert {report.pid for report in llm.worker_reports} == {os.getpid()}
+    with LLM(run_config(path, store_root, pipeline=2), apart=True) as apart:
+        (pid,) = {report.pid for report in apart.worker_reports}
+        assert pid != os.getpid()
+        assert not apart.gang.computes_here
+        assert tokens(apart, PROMPTS) == tokens(llm, PROMPTS)
+    assert not psutil.pid_exists(pid)
+
+
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     lengths = [1, 4, 7]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lengths]

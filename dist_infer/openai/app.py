@@ -85,7 +85,9 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers_of(streams=True))
     async def chat(request: Request) -> Response:
-        asked = parse(ChatRequest, await _body(request, service))
+        data = await _body(request, service)
+        service.refuse_if_full(1)
+        asked = parse(ChatRequest, data)
         _check_model(service, asked.model)
         params = _named(lambda: chat_params(asked))
 
@@ -100,7 +102,9 @@ def make_app(service: Service, settings: Settings) -> FastAPI:
 
     @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers_of(streams=True))
     async def completions(request: Request) -> Response:
-        asked = parse(CompletionRequest, await _body(request, service))
+        data = await _body(request, service)
+        service.refuse_if_full(1)
+        asked = parse(CompletionRequest, data)
         _check_model(service, asked.model)
         params = _named(lambda: completion_params(asked))
 

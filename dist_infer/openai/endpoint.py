@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Endpoint:
 
     async def _load(self) -> None:
         try:
-            self._llm = await asyncio.to_thread(LLM, self._config, on_progress=self._note)
+            self._llm = await asyncio.to_thread(LLM, self._config, on_progress=self._note, apart=True)
         except Exception as error:
             if not isinstance(error, DistInferError):
                 _log.error("the model could not be started: %s", described(error, with_text=True))  # nobody's prompt
@@ -140,6 +141,8 @@ class Endpoint:
             tool_format=self._run.tool_format,
             reasoning_format=self._run.reasoning_format,
         )
+        gc.collect()
+        gc.freeze()  # what is there now stays: no search through it while clients wait
 
     def _note(self, progress: Progress) -> None:
         self.service.note_progress(progress.phase, progress.done, progress.total)

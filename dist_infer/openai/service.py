@@ -186,9 +186,9 @@ class Service:
             raise unavailable("the server is shutting down", "draining", _RETRY_LOADING_S)
         raise unavailable("the engine has failed and is being replaced", "engine_unavailable", 2 * _RETRY_LOADING_S)
 
-    @contextmanager
-    def admit(self, num_answers: int) -> Iterator[Ticket]:
-        """Count a request in, and out at its end. ApiError: 400 more than ever fits, 429 full, 503 not ready."""
+    def refuse_if_full(self, num_answers: int) -> Ready:
+        """ApiError: 400 more than ever fits, 429 full, 503 not ready. With 1, before a body is looked at: whoever is
+        refused in a crowd should cost little."""
         ready = self.require_ready()
         most = ready.max_requests + self.limits.max_queued_requests
         if num_answers > most:
@@ -199,6 +199,12 @@ class Service:
                 "queue_full",
                 self.retry_after_s(),
             )
+        return ready
+
+    @contextmanager
+    def admit(self, num_answers: int) -> Iterator[Ticket]:
+        """Count a request in, and out at its end. Raises what `refuse_if_full` does."""
+        ready = self.refuse_if_full(num_answers)
         ticket = Ticket(self, num_answers, ready)
         self.num_open += num_answers
         self._empty.clear()

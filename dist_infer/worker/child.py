@@ -8,6 +8,7 @@ Each message is one frame: a JSON header line, then the body. The parent's death
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -94,6 +95,7 @@ def _serve(connection: Connection, control: Connection) -> None:
                     connection.send_bytes(pack_frame("progress", done=done, total=total))
 
                 reports = host.load(progress)
+                gc.freeze()  # what is there now stays: no search through it between steps
                 connection.send_bytes(pack_frame("ok", json.dumps([encode(r).decode() for r in reports]).encode()))
             elif fields["kind"] == "step":
                 result = host.step(decode(StepPlan, body))

@@ -86,12 +86,13 @@ class SpawnedExecutor:
         for child, setup in zip(children, self._setups, strict=True):
             self._tell(child, pack_frame("setup", encode(setup)))
         self._answers(deadline, children)
-        self._on_step(Connecting())
-        self._tell(children[0], pack_frame("bind"))
-        port = self._answers(deadline, children[:1])[0][0]["port"]
-        for child in children:
-            self._tell(child, pack_frame("connect", port=port))
-        self._answers(deadline, children)
+        if len(children) > 1:
+            self._on_step(Connecting())
+            self._tell(children[0], pack_frame("bind"))
+            port = self._answers(deadline, children[:1])[0][0]["port"]
+            for child in children:
+                self._tell(child, pack_frame("connect", port=port))
+            self._answers(deadline, children)
         for child in children:
             self._tell(child, pack_frame("load"))
         bodies = [body for _, body in self._answers(deadline, children)]
