@@ -1,8 +1,8 @@
 """Whether Ray itself is there: its head (GCS), which knows all nodes and actors, and this node's own part (raylet).
 
 Ranks compute without a head, so nothing else notices that it is gone, until Ray ends every process that has missed it
-for a minute, this one too, without our last words. Calls that need it wait meanwhile. A head that comes back in time was
-never lost. That of a Ray that was started for one run never does.
+for a minute, this one too, without our last words. Calls that need it wait meanwhile. A head that comes back in time
+was never lost. That of a Ray that was started for one run never does.
 """
 
 from __future__ import annotations

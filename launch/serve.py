@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 30.0  # for a call to the replica that has nothing to wait for
 _INTERRUPTED_DRAIN_S = 2.0
+_LAST_ANSWERS_S = 8.0  # once Ray is lost: without a raylet it ends all its processes, this one too, after some 14 s
 _NO_LIMIT = 1_000_000  # of Serve's own admission: ours refuses with a status and a Retry-After
 _HEALTH_S = 5.0
 _LOOK_S = 2.0  # from one look at a serving replica to the next
@@ -130,7 +131,7 @@ def serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None:
     """Start, say where, serve. SIGTERM drains and returns; Ctrl-C drains for a moment and raises KeyboardInterrupt.
 
     SIGUSR1 drains and stays. entry: is told how it stands. When a Ray that was started for this run loses its head,
-    open requests may finish, and all is started again, as often as ranks may be replaced.
+    open requests have a moment to finish, and all is started again, as often as ranks may be replaced.
     """
     starts: deque[float] = deque(maxlen=config.cluster.max_restarts + 1)
     while True:
@@ -204,11 +205,13 @@ def _serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None
             _close(handle, min(run.limits.drain_time, _INTERRUPTED_DRAIN_S))
             raise
         except ClusterError as error:
-            if config.cluster.address is not None or not backend.is_lost:
+            if not backend.is_lost:
                 raise
             entry.note("degraded", detail=str(error))
-            console.print(f"{error}: open requests may finish, then all is started again", markup=False)
-            _close(handle, run.limits.drain_time)
+            console.print(f"{error}. Open requests have {_LAST_ANSWERS_S:g} s to finish", markup=False)
+            _close(handle, min(run.limits.drain_time, _LAST_ANSWERS_S))
+            if config.cluster.address is not None:
+                raise
             raise _RayLost(str(error)) from error
         if config.cluster.address is not None:
             _remove(config.name, label)

@@ -36,8 +36,10 @@ class Head:
 def watched(ask: Callable[[float], str], *, is_ours: bool = False, patience_s: float = 60.0) -> Iterator[HeadWatch]:
     watch = HeadWatch(ask, is_ours=is_ours, patience_s=patience_s)
     watch.start()
-    yield watch
-    watch.stop()
+    try:
+        yield watch
+    finally:
+        watch.stop()
 
 
 def test_a_head_that_comes_back_was_never_lost() -> None:
@@ -62,7 +64,8 @@ def test_a_head_that_stays_silent_is_lost_for_good() -> None:
     """Guards requests that would end with Ray's end of the process: all who wait are told before."""
     head = Head()
     head.is_silent = True
-    with watched(head, patience_s=0.1) as watch:
+    with watched(head, patience_s=0.2) as watch:
+        wait_until(lambda: watch.is_silent)
         with pytest.raises(ClusterGoneError, match=r"has not answered for .* s\. .* then launch again"):
             watch.wait_for_answer()
         head.is_silent = False

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from reliability.clients import Question
+from reliability.figures import IS_WHOLE
 from reliability.injections import Clock
 from reliability.system import System
 from tokenizer_kinds import make_tokenizer
@@ -24,6 +25,14 @@ from dist_infer.startup import open_model, plan_run
 NUM_QUESTIONS = 17  # not a multiple of the number of clients: each asks all of them
 BLOCK_TOKENS = 4
 _NUM_LAYERS = 12
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What other tests cover in short, or what takes a minute, is for `make reliability`."""
+    if not IS_WHOLE:
+        left_out = [item for item in items if item.get_closest_marker("whole") is not None]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,8 @@ def launch_again(*overrides: str, words: str) -> Callable[[System, Clients], Hur
         assert done.code in (2, 4), done.err
         assert words.format(port=system.port, url=system.url, pid=pid) in done.err, done.err
         assert "Traceback" not in done.err
+        for override in overrides:  # a failed run is kept until somebody has seen it
+            system.shell.run("down", override.removeprefix("name="))
         return Hurt()
 
     return inject

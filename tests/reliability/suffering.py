@@ -30,7 +30,8 @@ class Hurt:
 class Case:
     """inject: hurts a system that has that load. is_noticed: it is not ready meanwhile.
 
-    may_fail: an explicit error is an end that is allowed. may_cut: what held the client's socket dies.
+    may_fail: an explicit error is an end that is allowed. may_cut: what held the client's socket dies. num_clients: that
+    stream, and that do not.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Case:
     may_fail: bool = False
     may_cut: bool = False
     leave_every: int = 0
+    num_clients: tuple[int, int] = (NUM_STREAMING, NUM_WHOLE)
     note: str = ""
 
 
@@ -49,9 +51,15 @@ def suffer(system: System, case: Case) -> Figures:
     detected_s = ready_s = None
     with (
         ReadyWatch(system.url) as watch,
-        Clients(system.url, system.questions, leave_every=case.leave_every) as clients,
+        Clients(
+            system.url,
+            system.questions,
+            num_streaming=case.num_clients[0],
+            num_whole=case.num_clients[1],
+            leave_every=case.leave_every,
+        ) as clients,
     ):
-        until(lambda: clients.num_busy >= NUM_STREAMING // 2, _BEGUN_S)
+        until(lambda: clients.num_busy >= case.num_clients[0] // 2, _BEGUN_S)
         in_flight, hurt_s = clients.num_in_flight, time.monotonic()
         hurt = case.inject(system, clients)
         if case.is_noticed:
@@ -65,7 +73,7 @@ def suffer(system: System, case: Case) -> Figures:
                 until(hurt.is_back, READY_S)
                 ready_s = time.monotonic() - hurt_s
         again_s = time.monotonic()
-        until(lambda: clients.num_answered_since(again_s) >= (NUM_STREAMING + NUM_WHOLE) // 2, _AGAIN_S)
+        until(lambda: clients.num_answered_since(again_s) >= sum(case.num_clients) // 2, _AGAIN_S)
         asked = clients.finish()
     figures = count(
         case.id, case.injected, asked, in_flight=in_flight, detected_s=detected_s, ready_s=ready_s, note=case.note

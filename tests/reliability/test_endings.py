@@ -15,7 +15,7 @@ import psutil
 import pytest
 from named_runs import until
 from reliability.clients import NUM_STREAMING, Asked, Clients
-from reliability.figures import IS_WHOLE, count
+from reliability.figures import count
 from reliability.injections import end_driver, kill_rank
 from reliability.suffering import Case, assert_ends, suffer
 from reliability.system import System
@@ -43,6 +43,7 @@ def end_under_load(system: System, number: signal.Signals, within_s: float) -> t
     return asked, in_flight, gone_s
 
 
+@pytest.mark.whole
 def test_a_child_of_the_replica_is_killed(system: System) -> None:
     """T01 with the local executor: a pause, as on Ray."""
     suffer(system, Case(id="T01", injected="kill -9 of tensor rank 1 (local executor)", inject=kill_rank(1)))
@@ -64,7 +65,8 @@ def test_the_driver_is_killed(system: System) -> None:
     assert_ends(asked, may_fail=True, may_cut=True)
 
 
-@pytest.mark.parametrize("role", ["gcs", "raylet"] if IS_WHOLE else ["raylet"])
+@pytest.mark.whole
+@pytest.mark.parametrize("role", ["gcs", "raylet"])
 def test_a_part_of_ray_is_killed(system: System, role: str) -> None:
     """T32: the run goes on for as long as Ray lets it, then ends; every request has an end, the next launch works."""
     driver = psutil.Process(system.shell.record("tiny").process.pid)
@@ -98,6 +100,7 @@ def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
     system.shell.assert_nothing_left()
 
 
+@pytest.mark.whole
 def test_interrupted_under_load(system: System) -> None:
     """T28: Ctrl-C: within 10 s, every request with an end that it can read, nothing left."""
     system.launch()

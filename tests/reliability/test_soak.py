@@ -65,7 +65,7 @@ def kill_a_rank(system: System, watch: ReadyWatch, draw: random.Random) -> None:
 
 
 def test_soak(launch: Callable[..., System], streamed: dict[str, Any], tmp_path: Path) -> None:
-    """What was sent was answered or got an explicit error; memory grows by less than 5 %, descriptors do not."""
+    """T35: what was sent was answered or got an explicit error; memory grows by less than 5 %, descriptors do not."""
     system = launch({**streamed, "cluster": {**streamed["cluster"], "executor": "ray"}})
     rate_per_s = _SHARE * measured_rate(system)
     draw, kills, failures = random.Random(SEED), 0, 0

@@ -73,7 +73,7 @@ def system(launch: Callable[..., System], streamed: dict[str, Any], clock: Clock
     return made
 
 
-@pytest.mark.parametrize("number", range(4) if IS_WHOLE else (0, 3))
+@pytest.mark.parametrize("number", range(4) if IS_WHOLE else (3,))
 def test_a_rank_is_killed(system: System, number: int) -> None:
     """T01: a pause for everybody, an error for nobody."""
     suffer(system, Case(id="T01", injected=f"kill -9 of rank {number}", inject=kill_rank(number)))
@@ -101,7 +101,7 @@ def test_more_than_the_cache_holds(system: System) -> None:
     """T08: room for three of them; all twelve are answered, after preemptions."""
     injected = "12 sequences at once beside the load, room for 3 of them"
     inject = crowd_of_long_ones(12, " a long way to the sea", 150)
-    suffer(system, Case(id="T08", injected=injected, inject=inject, is_noticed=False))
+    suffer(system, Case(id="T08", injected=injected, inject=inject, is_noticed=False, num_clients=(3, 1)))
 
 
 def test_more_than_the_cache_can_ever_hold(system: System) -> None:
@@ -141,6 +141,7 @@ def test_nobody_gets_another_s_secret(system: System) -> None:
     )
 
 
+@pytest.mark.whole
 def test_serve_s_controller_is_killed(system: System) -> None:
     """T07: no request notices; Ray starts another one."""
     inject = kill_role("controller", is_back=another_of("controller"))
