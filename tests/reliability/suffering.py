@@ -30,8 +30,8 @@ class Hurt:
 class Case:
     """inject: hurts a system that has that load. is_noticed: it is not ready meanwhile.
 
-    may_fail: an explicit error is an end that is allowed. may_cut: what held the client's socket dies. num_clients: that
-    stream, and that do not.
+    may_fail: an explicit error is an end that is allowed. may_cut: what held the client's socket dies. num_clients: who
+    stream, and who do not.
     """
 
     id: str
