@@ -16,7 +16,7 @@ from dist_infer.engine.executor import Executor
 from dist_infer.messages import decode, encode
 from dist_infer.node_store import NodeStore, PackHere, PackOrder, PackProgress
 from launch.head_watch import HeadWatch, ask_cluster, ask_own
-from launch.ray_start import own_machine
+from launch.ray_start import keep_standard_output, own_machine
 from launch.root_guard import check_one_root
 from launch.runs.mark import run_label
 from partition.errors import ClusterError
@@ -151,6 +151,11 @@ class RayBackend:
     def is_lost(self) -> bool:
         return self._head is not None and self._head.is_lost
 
+    @property
+    def grace_s(self) -> float:
+        """Once it is lost: how long this process may go on."""
+        return 0.0 if self._head is None else self._head.grace_s
+
     def start(self, world_size: int) -> HeadWatch:
         """Connect, or start the embedded Ray with room for so many ranks. Once; later calls do nothing."""
         if self._head is not None:
@@ -191,6 +196,7 @@ class RayBackend:
         self._started = not already
         try:
             if not already:
+                keep_standard_output()
                 with own_machine(only=embedded):
                     ray.init(**options)
                 if embedded:

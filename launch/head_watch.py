@@ -7,21 +7,37 @@ was never lost. That of a Ray that was started for one run never does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
 
 from partition.errors import ClusterError, ClusterGoneError
 
 _INTERVAL_S = 1.0
 _ANSWER_S = 2.0
 _SILENT_S = 5.0
+_GRACE_S = 8.0  # without a raylet Ray ends its processes after some 14 s
 _RAYS_SETTING, _RAYS_PATIENCE_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 _OURS = 0.7  # of that: what is left is for requests to end with an error, and for this process to end by itself
+_TO_FINISH = 0.5  # of that, where Ray is to be ended and started again within it
 
-Ask = Callable[[float], str]
-"""Empty where all is well, else what is gone for good. Waits so many seconds at most; raises when nobody answers."""
+
+@dataclass(frozen=True)
+class Gone:
+    """What is gone for good, and how long Ray lets this process go on after that, less a margin."""
+
+    what: str
+    grace_s: float
+
+
+Ask = Callable[[float], Gone | None]
+"""None where all is well. Waits so many seconds at most; raises where nobody answers, LookupError where somebody does
+who does not know this node (yet, if it has just been started again)."""
 
 
 class HeadWatch:
@@ -33,10 +49,11 @@ class HeadWatch:
 
     def __init__(self, ask: Ask, *, is_ours: bool, patience_s: float | None = None) -> None:
         self._ask, self._is_ours = ask, is_ours
-        self._patience_s = _patience() if patience_s is None else patience_s
+        self._patience_s = _OURS * _rays_patience() if patience_s is None else patience_s
         self._changed = threading.Condition()  # guards the two below
         self._answered_s = time.monotonic()
         self._error: ClusterError | None = None
+        self.grace_s = 0.0  # once it is lost: for what can be finished without it
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dist-infer-head-watch", daemon=True)
 
@@ -82,17 +99,20 @@ class HeadWatch:
     def _look(self) -> None:
         try:
             gone = self._ask(_ANSWER_S)
-        except Exception:  # Ray's own are many, and each means the same
+        except Exception as error:  # Ray's own are many, and each means the same
             silent_s = time.monotonic() - self._answered_s
-            gone = f"its head (GCS) has not answered for {silent_s:.0f} s" if silent_s > self._patience_s else ""
+            what = "known this node" if isinstance(error, LookupError) else "answered"
+            gone = None
+            if silent_s > self._patience_s:
+                gone = Gone(f"its head (GCS) has not {what} for {silent_s:.0f} s", _GRACE_S)
         else:
-            if not gone:
+            if gone is None:
                 with self._changed:
                     self._answered_s = time.monotonic()
                     self._changed.notify_all()
-        if gone and not self._stopped.is_set():
+        if gone is not None and not self._stopped.is_set():
             with self._changed:
-                self._error = self._loss(gone)
+                self._error, self.grace_s = self._loss(gone.what), gone.grace_s
                 self._changed.notify_all()
 
     def _loss(self, gone: str) -> ClusterError:
@@ -107,14 +127,22 @@ class HeadWatch:
 def ask_cluster() -> Ask:
     """Of the cluster that this process is connected to."""
     import ray
-    from ray._private.worker import global_worker
+    from ray._private import worker
 
-    client = global_worker.gcs_client
+    client = worker.global_worker.gcs_client
     own = ray.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    raylet, ended_s = _find_raylet(worker._global_node.raylet_socket_name), 0.0
 
-    def ask(timeout_s: float) -> str:
-        known: list[bool] = client.check_alive([own], timeout=timeout_s)
-        return "" if known == [True] else "its head (GCS) does not know this node: it was started anew, or gave us up"
+    def ask(timeout_s: float) -> Gone | None:
+        nonlocal ended_s
+        if raylet is not None and not raylet.is_running():
+            ended_s = ended_s or time.monotonic()
+            if time.monotonic() < ended_s + _GRACE_S:
+                return None  # what can be finished now is
+            return Gone(f"its raylet here (pid {raylet.pid}) has ended", 0.0)
+        if client.check_alive([own], timeout=timeout_s) != [True]:
+            raise LookupError
+        return None
 
     return ask
 
@@ -125,17 +153,26 @@ def ask_own() -> Ask:
 
     node, cluster = worker._global_node, ask_cluster()
 
-    def ask(timeout_s: float) -> str:
-        for name in ("gcs_server", "raylet"):
+    def ask(timeout_s: float) -> Gone | None:
+        for name, grace_s in (("gcs_server", _TO_FINISH * _rays_patience()), ("raylet", _GRACE_S)):
             for info in node.all_processes.get(name, ()):
                 code = info.process.poll()
                 if code is not None:
                     how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-                    return f"its {name} (pid {info.process.pid}) {how}"
+                    return Gone(f"its {name} (pid {info.process.pid}) {how}", grace_s)
         return cluster(timeout_s)
 
     return ask
 
 
-def _patience() -> float:
-    return _OURS * float(os.environ.get(_RAYS_SETTING, _RAYS_PATIENCE_S))
+def _find_raylet(socket: str) -> psutil.Process | None:
+    """Of this node, if this process may see it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and f"--raylet_socket_name={socket}" in process.cmdline():
+                return process
+    return None
+
+
+def _rays_patience() -> float:
+    return float(os.environ.get(_RAYS_SETTING, _RAYS_PATIENCE_S))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 # Read by Ray on every system, for all its name says: 0 makes the node's address 127.0.0.1, and what Ray then starts
 # listens there alone. An address given to ray.init does not: a loopback one is replaced.
@@ -38,6 +41,24 @@ def own_machine(*, only: bool) -> Iterator[None]:
             os.environ[_CLUSTERS] = had
         if in_main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
+
+
+def keep_standard_output() -> None:
+    """Before `ray.init`: what Ray has to tell of lost nodes is logged. It would print it where answers are printed."""
+    from ray._private import worker
+
+    show = worker.print_to_stdstream
+    if show.__module__ == __name__:
+        return
+
+    def log_or_show(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        if data["pid"] != "raylet":
+            show(data, ignore_prefix)
+            return
+        for message in data["lines"]:  # one sentence of each: then come guesses and the end of somebody's log
+            _log.warning("Ray: %s", str(message).partition("\n")[0].partition(". ")[0])
+
+    worker.print_to_stdstream = log_or_show
 
 
 def listen_on_own_address() -> None:

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 30.0  # for a call to the replica that has nothing to wait for
 _INTERRUPTED_DRAIN_S = 2.0
-_LAST_ANSWERS_S = 8.0  # once Ray is lost: without a raylet it ends all its processes, this one too, after some 14 s
 _NO_LIMIT = 1_000_000  # of Serve's own admission: ours refuses with a status and a Retry-After
 _HEALTH_S = 5.0
 _LOOK_S = 2.0  # from one look at a serving replica to the next
@@ -176,8 +175,9 @@ def _serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None
             backend.start(parallel.tensor * parallel.pipeline)
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             quiet = {"log_level": "WARNING", "enable_access_log": False}
-            # where a Serve is there already it keeps its proxies
-            serve.start(proxy_location=ProxyLocation.Disabled, http_options={"host": None}, logging_config=quiet)
+            # where a Serve is there already it keeps its proxies; with a host of None Serve cannot say its own status
+            nowhere = {"host": "127.0.0.1"}
+            serve.start(proxy_location=ProxyLocation.Disabled, http_options=nowhere, logging_config=quiet)
             if config.cluster.address is not None:
                 _refuse_second(config.name, serve.status().applications)
                 entry.note_logs(logs_directory())
@@ -208,8 +208,9 @@ def _serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None
             if not backend.is_lost:
                 raise
             entry.note("degraded", detail=str(error))
-            console.print(f"{error}. Open requests have {_LAST_ANSWERS_S:g} s to finish", markup=False)
-            _close(handle, min(run.limits.drain_time, _LAST_ANSWERS_S))
+            drain_s = min(run.limits.drain_time, backend.grace_s)
+            console.print(f"{error}. Open requests have {drain_s:g} s to finish", markup=False)
+            _close(handle, drain_s)
             if config.cluster.address is not None:
                 raise
             raise _RayLost(str(error)) from error

@@ -76,6 +76,11 @@ class Shell:
         assert found is not None
         return found
 
+    def ready(self, name: str) -> RunRecord:
+        """As `record`, once the run has its URL there: it is written down just after it was printed."""
+        until(lambda: self.record(name).state == "ready", 10)
+        return self.record(name)
+
     def processes(self) -> list[psutil.Process]:
         """Of this test, the guardians excepted: they are nobody's."""
         found = []

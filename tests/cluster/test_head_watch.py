@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from served_model import wait_until
 
 from launch import head_watch
-from launch.head_watch import HeadWatch
+from launch.head_watch import Ask, Gone, HeadWatch
 from partition.errors import ClusterError, ClusterGoneError
 
 
@@ -24,17 +24,19 @@ class Head:
     """Answers, is silent, or says what is gone."""
 
     def __init__(self) -> None:
-        self.is_silent, self.gone = False, ""
+        self.is_silent, self.is_anew, self.gone = False, False, ""
 
-    def __call__(self, timeout_s: float) -> str:
+    def __call__(self, timeout_s: float) -> Gone | None:
+        if self.is_anew:
+            raise LookupError
         if self.is_silent:
             raise RuntimeError("Ray's own words")
-        return self.gone
+        return Gone(self.gone, 8.0) if self.gone else None
 
 
 @contextmanager
-def watched(ask: Callable[[float], str], *, is_ours: bool = False, patience_s: float = 60.0) -> Iterator[HeadWatch]:
-    watch = HeadWatch(ask, is_ours=is_ours, patience_s=patience_s)
+def watched(ask: Ask, *, patience_s: float = 60.0) -> Iterator[HeadWatch]:
+    watch = HeadWatch(ask, is_ours=False, patience_s=patience_s)
     watch.start()
     try:
         yield watch
@@ -74,11 +76,13 @@ def test_a_head_that_stays_silent_is_lost_for_good() -> None:
 
 
 def test_a_head_that_was_started_anew_does_not_know_this_node() -> None:
+    """It may learn: one with a Redis reads it there."""
     head = Head()
-    head.gone = "its head (GCS) does not know this node"
-    with watched(head) as watch:
+    head.is_anew = True
+    with watched(head, patience_s=0.2) as watch:
+        assert not watch.is_lost
         wait_until(lambda: watch.is_lost)
-        with pytest.raises(ClusterGoneError, match="does not know this node"):
+        with pytest.raises(ClusterGoneError, match="has not known this node for"):
             watch.raise_if_lost()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ blobs = list(Path(sys.argv[2]).glob("*/*.bin"))
 found["blobs"] = len(blobs)
 nodes = cluster_nodes(section(node_labels={"tier": "ranks"}))
 cluster.remove_node(b)
+while any(node["Alive"] and node["NodeID"] == b.node_id for node in ray.nodes()):
+    time.sleep(0.1)  # the test that runs this has a deadline
 group = ask_for_stage(plan, 1, nodes, "lost", resources := rank_resources(plan, {}))
 try:
     wait_for_stage(group, plan, 1, nodes, resources, deadline=float("inf"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,8 @@ class Asked:
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(1)  # it writes where its threads are
             raise AssertionError(f"no {key!r} within {timeout_s} s:\n{self.errors()}") from None
         assert answer is not None, f"it ended with {self._process.wait(10)}:\n{self.errors()}"
         assert key in answer, f"{answer}\n{self.errors()}"
@@ -110,5 +113,5 @@ class Asked:
     def _read(self) -> None:
         if self._process.stdout is not None:
             for line in self._process.stdout:
-                self._answers.put(json.loads(line))
+                self._answers.put(json.loads(line) if line.startswith("{") else {"noise": line})
         self._answers.put(None)

@@ -8,7 +8,9 @@ Ends with its standard input; an answer is one line of JSON.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 import threading
 from typing import Any
@@ -20,6 +22,7 @@ from dist_infer.gang_state import Ready
 from dist_infer.outputs import Failed
 from partition.errors import ClusterError
 
+faulthandler.register(signal.SIGUSR1)  # where it hangs, if it does
 _saying = threading.Lock()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from named_runs import until
 from reliability.clients import NUM_STREAMING, NUM_WHOLE, Asked, Clients
@@ -12,7 +12,7 @@ from reliability.figures import Figures, count
 from reliability.system import READY_S, Held, System
 from reliability.watch import ReadyWatch
 
-_BEGUN_S, _NOTICED_S, _AGAIN_S = 60.0, 20.0, 60.0
+_BEGUN_S, _NOTICED_S, _AGAIN_S = 60.0, 40.0, 60.0
 _SETTLED_S = 20.0  # for what was used in the case to be given back
 _MORE_MEMORY, _MORE_MEMORY_BYTES = 1.1, 24 << 20
 _MORE_DESCRIPTORS, _MORE_THREADS = 16, 8  # pools grow to their size under the first load
@@ -20,10 +20,11 @@ _MORE_DESCRIPTORS, _MORE_THREADS = 16, 8  # pools grow to their size under the f
 
 @dataclass(frozen=True, kw_only=True)
 class Hurt:
-    """What was done to a system. mend: called once it was noticed. is_back: where readiness does not say it."""
+    """What was done to a system, just now. mend: called once it was noticed. is_back: where readiness does not tell."""
 
     mend: Callable[[], None] = lambda: None
     is_back: Callable[[], bool] | None = None
+    at_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,18 @@ def suffer(system: System, case: Case) -> Figures:
         ) as clients,
     ):
         until(lambda: clients.num_busy >= case.num_clients[0] // 2, _BEGUN_S)
-        in_flight, hurt_s = clients.num_in_flight, time.monotonic()
+        in_flight = clients.num_in_flight
         hurt = case.inject(system, clients)
         if case.is_noticed:
-            noticed_s = watch.until(False, hurt_s, _NOTICED_S)
+            noticed_s = watch.until(False, hurt.at_s, _NOTICED_S)
             hurt.mend()
             back_s = watch.until(True, noticed_s, READY_S)
-            detected_s, ready_s = noticed_s - hurt_s, back_s - hurt_s
+            detected_s, ready_s = noticed_s - hurt.at_s, back_s - hurt.at_s
         else:
             hurt.mend()
             if hurt.is_back is not None:
                 until(hurt.is_back, READY_S)
-                ready_s = time.monotonic() - hurt_s
+                ready_s = time.monotonic() - hurt.at_s
         again_s = time.monotonic()
         until(lambda: clients.num_answered_since(again_s) >= sum(case.num_clients) // 2, _AGAIN_S)
         asked = clients.finish()

@@ -67,20 +67,28 @@ class System:
         self.file, self.url = directory / "run.yaml", f"http://127.0.0.1:{self.port}"
         self.file.write_text(yaml.safe_dump({**config, "run": {**config["run"], "port": self.port}}))
         self.questions = list(questions)
+        self._environment: dict[str, str] = {}
 
     def launch(self, environment: Mapping[str, str] | None = None) -> float:
-        """Seconds until it was ready."""
+        """Seconds until it was ready. environment: beside this process's; None: that of the last launch."""
         began_s, before = time.monotonic(), dict(os.environ)
-        os.environ.update(environment or {})
+        environment = self._environment = self._environment if environment is None else dict(environment)
+        os.environ.update(environment)
         try:
             done = self.shell.run("launch", self.file, "--detach", "--no-preflight")
         finally:
-            for name in environment or {}:
+            for name in environment:
                 os.environ.pop(name)
                 if name in before:
                     os.environ[name] = before[name]
         assert done.code == 0, done.err
         return time.monotonic() - began_s
+
+    def revive(self) -> None:
+        """Launch it again if an earlier case has ended it: each is judged by itself."""
+        if not self.is_ready():
+            self.shell.run("down", "tiny", "--now")
+            self.launch()
 
     def ask(self, body: dict[str, Any], timeout_s: float = 60) -> str:
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=timeout_s).raise_for_status()

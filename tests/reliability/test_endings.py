@@ -1,4 +1,4 @@
-"""Injections that end a run, under load: nobody waits for ever, nothing is left, and the next launch works at once.
+"""Injections that end a run, or all of Ray: nobody waits for ever, nothing is left, the next launch works at once.
 
 The local executor: ranks are children of the replica. Runs of one name, one after the other.
 """
@@ -15,19 +15,30 @@ import psutil
 import pytest
 from named_runs import until
 from reliability.clients import NUM_STREAMING, Asked, Clients
-from reliability.figures import count
-from reliability.injections import end_driver, kill_rank
+from reliability.figures import IS_WHOLE, count
+from reliability.injections import end_driver, kill_rank, kill_role
 from reliability.suffering import Case, assert_ends, suffer
 from reliability.system import System
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 _GONE_S = 15.0
 _INTERRUPTED_S = 10.0
-_HEADLESS_S = 90.0
+RAY_PARTS = {
+    "gcs": "head (gcs_server)",
+    "raylet": "raylet",
+    "agent": "dashboard agent",
+    "environments": "runtime environment agent",
+}
+
+
+@pytest.fixture
+def system(module_system: System) -> System:
+    module_system.revive()
+    return module_system
 
 
 @pytest.fixture(scope="module")
-def system(launch: Callable[..., System], config: dict[str, Any]) -> System:
+def module_system(launch: Callable[..., System], config: dict[str, Any]) -> System:
     return launch({**config, "run": {"kind": "serve", "limits": {"drain_time": 1}}})
 
 
@@ -65,28 +76,18 @@ def test_the_driver_is_killed(system: System) -> None:
     assert_ends(asked, may_fail=True, may_cut=True)
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("role", ["gcs", "raylet"])
+@pytest.mark.parametrize("role", ["gcs", "raylet", "agent", "environments"] if IS_WHOLE else ["gcs"])
 def test_a_part_of_ray_is_killed(system: System, role: str) -> None:
-    """T32: the run goes on for as long as Ray lets it, then ends; every request has an end, the next launch works."""
-    driver = psutil.Process(system.shell.record("tiny").process.pid)
-    with Clients(system.url, system.questions) as clients:
-        until(lambda: clients.num_busy >= NUM_STREAMING // 2, 60)
-        in_flight, hurt_s = clients.num_in_flight, time.monotonic()
-        for victim in system.of_role(role):
-            victim.kill()
-        assert not psutil.wait_procs([driver], timeout=_HEADLESS_S)[1], f"it was there after {_HEADLESS_S:g} s"
-        gone_s = time.monotonic() - hurt_s
-        asked = clients.finish()
-    record = system.shell.record("tiny")
-    _, alive = psutil.wait_procs(system.shell.processes(), timeout=_GONE_S)
-    again_s = system.launch()
-    note = f"the run ended after {gone_s:.1f} s ({record.state}); ready: a new launch"
-    injected = f"kill -9 of Ray's {'head (GCS)' if role == 'gcs' else role}"
-    count("T32", injected, asked, in_flight=in_flight, ready_s=again_s, note=note)
-    assert_ends(asked, may_fail=True, may_cut=True)
-    assert alive == []
-    assert record.state in ("failed", "killed"), record
+    """T32: Ray cannot be mended in parts: it is started again with all that is in it, at the same address."""
+    case = Case(
+        id="T32",
+        injected=f"kill -9 of Ray's {RAY_PARTS[role]}",
+        inject=kill_role(role),
+        may_fail=True,
+        may_cut=True,
+        note="Ray is started again, and the replica with it",
+    )
+    suffer(system, case)
 
 
 def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
@@ -103,7 +104,6 @@ def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
 @pytest.mark.whole
 def test_interrupted_under_load(system: System) -> None:
     """T28: Ctrl-C: within 10 s, every request with an end that it can read, nothing left."""
-    system.launch()
     asked, in_flight, gone_s = end_under_load(system, signal.SIGINT, _INTERRUPTED_S)
     count("T28", "Ctrl-C while serving", asked, in_flight=in_flight, note=f"ended after {gone_s:.1f} s")
     assert_ends(asked, may_fail=True, may_cut=False, may_refuse=True)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 # FAULTS that need a launched system and are injected into one, here or in tests that the page names
 WANTED = {"T01", "T03", "T04", "T05", "T06", "T07", "T08", "T09", "T10", "T22", "T25", "T26", "T27", "T28", "T29"}
-WANTED |= {"T35", "T36", "random"}
+WANTED |= {"T31", "T32", "T35", "T36", "random"}
 
 
 @pytest.fixture(scope="module")

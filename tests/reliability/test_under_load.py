@@ -57,6 +57,7 @@ class Rule:
 SURVIVED = {
     "rank": Rule(is_noticed=True),
     "replica": Rule(is_noticed=True, may_cut=True),
+    "gcs": Rule(is_noticed=True, may_cut=True),  # all of Ray is started again
     "controller": Rule(is_replaced_unnoticed=True),
     "templates": Rule(),
     "grammars": Rule(),
@@ -66,8 +67,14 @@ SURVIVED = {
 }
 
 
+@pytest.fixture
+def system(module_system: System) -> System:
+    module_system.revive()
+    return module_system
+
+
 @pytest.fixture(scope="module")
-def system(launch: Callable[..., System], streamed: dict[str, Any], clock: Clock) -> System:
+def module_system(launch: Callable[..., System], streamed: dict[str, Any], clock: Clock) -> System:
     made = launch({**streamed, "cluster": {**streamed["cluster"], "executor": "ray"}}, clock.environment)
     assert made.scrape().sum("dist_infer_rank_units", tier="nvme") > 0, "the budget no longer makes it stream"
     return made
@@ -163,7 +170,7 @@ def test_the_replica_is_killed(system: System) -> None:
 
 @pytest.mark.parametrize("moment", range(NUM_MOMENTS))
 def test_any_process_at_a_random_moment(system: System, moment: int) -> None:
-    """Whichever of the system's processes it is, of those whose loss does not end the run (those: test_endings.py)."""
+    """Whichever process of the system it is, of those in SURVIVED (driver, raylet, its agents: test_endings.py)."""
     draw = random.Random(SEED * 1000 + moment)
     processes = sorted((role, pid) for pid, (role, _) in system.processes().items() if role in SURVIVED)
     role, pid = draw.choice(processes)

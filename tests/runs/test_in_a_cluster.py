@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
-from named_runs import MARK, Shell, WriteRun, read_until
+from named_runs import MARK, Shell, WriteRun, read_until, until
 
 from dist_infer import load_config
 from launch.runs.announce import Announcer
@@ -20,6 +22,7 @@ from launch.runs.record import write_record
 from launch.runs.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+LONG = {"prompt": "the sea", "max_tokens": 220, "ignore_eos": True, "temperature": 0, "n": 16, "stream": True}
 START = """
 import ray, sys
 context = ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
@@ -76,6 +79,8 @@ def test_a_killed_driver(address: str, shell: Shell, write_run: WriteRun, tmp_pa
     directory.rename(tmp_path / "elsewhere")  # as if it had been launched on another machine
     refused = shell.run("launch", file)
     assert (refused.code, f"as the application {label}" in refused.err) == (2, True)
+    assert shell.run("down", "tiny").code == 0, "of the refused one, which leaves the other alone"
+    assert left(address, label)[:2] == [1, 1]
     (tmp_path / "elsewhere").rename(directory)
     done = shell.run("down", "tiny")
     assert (done.code, done.out) == (0, "tiny: was killed already; what it left is gone\n")
@@ -90,13 +95,19 @@ def test_ended_by_force(address: str, shell: Shell, write_run: WriteRun, tmp_pat
     file = write_run(tmp_path, cluster={"executor": "ray", "address": address})
     process = shell.start("launch", file)
     read_until(process, "serving")
-    label = f"tiny-{shell.record('tiny').run_id[:8]}"
-    process.send_signal(signal.SIGTERM)
-    read_until(process, "draining")
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=15)
-    assert (process.returncode, "`dist-infer down tiny`" in text) == (130, True)
+    record = shell.ready("tiny")
+    label = f"tiny-{record.run_id[:8]}"
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(httpx.post, f"{record.url}/v1/completions", json=LONG, timeout=60)
+        until(lambda: "dist_infer_http_open_answers 16" in httpx.get(f"{record.url}/metrics").text, 20)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits for a moment; two signals at once would be one
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=15)
+        assert (process.returncode, "`dist-infer down tiny`" in text) == (130, True), text
+        assert shell.status("tiny")["state"] == "killed"
+        assert asked.result(60).status_code == 200, "Serve keeps the endpoint"
     assert shell.run("down", "tiny").code == 0
     assert left(address, label)[:2] == [0, 0]
     assert list(shell.state.glob("dist-infer/*/*")) == []

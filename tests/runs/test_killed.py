@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
-from named_runs import Shell, WriteRun, read_until
+from named_runs import Shell, WriteRun, read_until, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+LONG = {"prompt": "the sea", "max_tokens": 220, "ignore_eos": True, "temperature": 0, "n": 16, "stream": True}
 
 
 def test_a_killed_driver(shell: Shell, write_run: WriteRun, tmp_path: Path) -> None:
@@ -76,12 +80,19 @@ def test_interrupted_twice_while_draining(shell: Shell, write_run: WriteRun, tmp
     """T28: the second Ctrl-C ends everything at once, the record included."""
     process = shell.start("launch", write_run(tmp_path))
     read_until(process, "serving")
-    home = Path(str(shell.record("tiny").home))
-    process.send_signal(signal.SIGTERM)
-    read_until(process, "draining")
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
-    assert process.returncode == 130
+    record = shell.ready("tiny")
+    home = Path(str(record.home))
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(httpx.post, f"{record.url}/v1/completions", json=LONG, timeout=60)
+        until(lambda: "dist_infer_http_open_answers 16" in httpx.get(f"{record.url}/metrics").text, 20)
+        process.send_signal(signal.SIGTERM)
+        read_until(process, "draining")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # it waits for a moment; two signals at once would be one
+            process.wait(0.3)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=15)
+        assert process.returncode == 130
+        assert isinstance(asked.exception(60), httpx.HTTPError)
     shell.assert_nothing_left()
     assert not home.exists()

@@ -50,7 +50,7 @@ def test_eight_launches_of_two_names(shell: Shell, write_run: WriteRun, tmp_path
             assert command.wait(10) == 2, text
             assert re.search(rf"a run named {name} is there already: (pid \d+|it is being started)", text), text
     assert refused == 6
-    urls = [str(shell.record(name).url) for name in ("one", "two")]
+    urls = [str(shell.ready(name).url) for name in ("one", "two")]
     assert len(set(urls)) == 2
     port = urls[0].rpartition(":")[2]
     done = shell.run("launch", file, "--set", "name=three", "--set", f"run.port={port}")

@@ -106,4 +106,6 @@ def answer(url: str) -> Iterator[str]:
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                yield json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                piece = json.loads(line.removeprefix("data: "))
+                assert "choices" in piece, piece
+                yield piece["choices"][0]["text"]
