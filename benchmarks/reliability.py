@@ -176,7 +176,7 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
         command += ["-k", options.expression] if options.expression else []
         tests = list(ELSEWHERE) if not options.expression else []
-        settings = {ENVIRONMENT: str(record), "DIST_INFER_SOAK_S": str(options.soak)}
+        settings = {ENVIRONMENT: str(record), f"{ENVIRONMENT}_WHOLE": "1", "DIST_INFER_SOAK_S": str(options.soak)}
         done = subprocess.run(
             [*command, str(OWN.relative_to(ROOT)), *tests, "--deselect", f"{OWN.relative_to(ROOT)}/test_page.py"],
             cwd=ROOT,

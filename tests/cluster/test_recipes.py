@@ -94,7 +94,8 @@ def test_a_job_drains_before_ray_ends_and_says_how_the_launch_ended(programs: Pa
     stand_in(programs, "scontrol", "echo localhost; echo localhost")
     stand_in(programs, "srun", _SRUN)
     stand_in(programs, "ray", '[ "$1" = health-check ] || exec sleep 30')
-    stand_in(programs, "python", 'cat > /dev/null; ls -d "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"')
+    joined = 'until [ "$(grep -c "^ray start" "$CALLS")" = 2 ]; do sleep 0.05; done'
+    stand_in(programs, "python", f'cat > /dev/null; {joined}; ls -d "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"')
     stand_in(programs, "dist-infer", _LAUNCH)
     process = start(
         programs,

@@ -93,6 +93,8 @@ try:
     wait_for_stage(group, plan, 1, nodes, resources, deadline=float("inf"))
 except DistInferError as error:
     found["lost"] = str(error)
+else:
+    found["lost"] = f"placed: {placement_group_table(group)}, nodes {ray.nodes()}"
 found["left"] = shown(cluster_nodes(section(node_labels={"tier": "ranks"})))
 ray.shutdown()
 cluster.shutdown()

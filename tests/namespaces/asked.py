@@ -56,6 +56,11 @@ class Asked:
 
     def expect(self, key: str, timeout_s: float = ANSWER_S) -> Any:
         """That answer, which must be the next."""
+        answer = self._next(key, timeout_s)
+        assert key in answer, f"{answer}\n{self.errors()}"
+        return answer[key]
+
+    def _next(self, key: str, timeout_s: float) -> dict[str, Any]:
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
@@ -63,13 +68,17 @@ class Asked:
             time.sleep(1)  # it writes where its threads are
             raise AssertionError(f"no {key!r} within {timeout_s} s:\n{self.errors()}") from None
         assert answer is not None, f"it ended with {self._process.wait(10)}:\n{self.errors()}"
-        assert key in answer, f"{answer}\n{self.errors()}"
-        return answer[key]
+        return answer
 
     def begin_crowd(self) -> None:
         """Its requests are under way; `expect` their tokens."""
         self._tell("crowd")
         self.expect("begun")
+
+    def end_of_crowd(self) -> tuple[list[list[int]], list[str]]:
+        """Its tokens, or its errors if one failed."""
+        answer = self._next("tokens", ANSWER_S)
+        return answer.get("tokens", []), answer.get("errors", [])
 
     def tokens(self) -> list[list[int]]:
         """Of one more crowd."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from reliability.clients import Asked
 
-ENVIRONMENT = "DIST_INFER_RELIABILITY"  # names the file; set, more is tried than in the daily tests
-IS_WHOLE = ENVIRONMENT in os.environ
+ENVIRONMENT = "DIST_INFER_RELIABILITY"  # names the file
+IS_WHOLE = "DIST_INFER_RELIABILITY_WHOLE" in os.environ  # more is tried than in the daily tests
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,13 +85,23 @@ def suffer(system: System, case: Case) -> Figures:
     return figures
 
 
-def assert_ends(asked: list[Asked], *, may_fail: bool, may_cut: bool, may_refuse: bool | None = None) -> None:
-    """Every request has come to an end that it may come to. may_refuse: nobody may listen meanwhile (None: may_cut)."""
-    may_refuse = may_cut if may_refuse is None else may_refuse
+def assert_ends(asked: list[Asked], *, may_fail: bool, may_cut: bool) -> None:
+    """Every request has come to an end that it may come to. may_cut: also, nobody may listen for a while."""
     bad = {"lost", "wrong"} | (set() if may_fail else {"errored"}) | (set() if may_cut else {"cut"})
     found = [f"{one.end}: {one.detail[:500]}" for one in asked if one.end in bad and one.was_sent]
-    assert may_refuse or all(one.was_sent for one in asked), "nobody listened"
+    assert may_cut or all(one.was_sent for one in asked), "nobody listened"
     assert not found, found
+
+
+def assert_told(asked: list[Asked], since_s: float) -> None:
+    """Of a run that was told to end then: what it had is answered or told so. Who comes later may find a closing door:
+    a connection that the kernel took and nobody has accepted is reset.
+    """
+    had = [one for one in asked if one.sent_s < since_s]
+    assert_ends(had, may_fail=True, may_cut=False)
+    assert_ends(asked, may_fail=True, may_cut=True)
+    errors = {json.loads(one.detail)["error"]["code"] for one in asked if one.end == "errored"}
+    assert errors <= {"draining"}, errors
 
 
 def assert_well(system: System, before: dict[int, Held]) -> None:

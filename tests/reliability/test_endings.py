@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from named_runs import until
 from reliability.clients import NUM_STREAMING, Asked, Clients
 from reliability.figures import IS_WHOLE, count
 from reliability.injections import end_driver, kill_rank, kill_role
-from reliability.suffering import Case, assert_ends, suffer
+from reliability.suffering import Case, assert_ends, assert_told, suffer
 from reliability.system import System
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -42,16 +43,25 @@ def module_system(launch: Callable[..., System], config: dict[str, Any]) -> Syst
     return launch({**config, "run": {"kind": "serve", "limits": {"drain_time": 1}}})
 
 
-def end_under_load(system: System, number: signal.Signals, within_s: float) -> tuple[list[Asked], int, float]:
-    """What was asked, what was in flight, seconds until the process of the launch was gone."""
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """told_s: when the signal was sent, of the monotonic clock; gone_s: seconds until the process was gone."""
+
+    asked: list[Asked]
+    in_flight: int
+    told_s: float
+    gone_s: float
+
+
+def end_under_load(system: System, number: signal.Signals, within_s: float) -> Ending:
     with Clients(system.url, system.questions) as clients:
         until(lambda: clients.num_busy >= NUM_STREAMING // 2, 60)
-        in_flight, hurt_s = clients.num_in_flight, time.monotonic()
+        in_flight, told_s = clients.num_in_flight, time.monotonic()
         driver = end_driver(system, number)
         assert not psutil.wait_procs([driver], timeout=within_s)[1], f"it was there after {within_s:g} s"
-        gone_s = time.monotonic() - hurt_s
+        gone_s = time.monotonic() - told_s
         asked = clients.finish()
-    return asked, in_flight, gone_s
+    return Ending(asked=asked, in_flight=in_flight, told_s=told_s, gone_s=gone_s)
 
 
 @pytest.mark.whole
@@ -63,7 +73,7 @@ def test_a_child_of_the_replica_is_killed(system: System) -> None:
 def test_the_driver_is_killed(system: System) -> None:
     """T07: connections are cut, no request hangs, all processes are gone; the next launch of the name is ready."""
     home = system.shell.record("tiny").home
-    asked, in_flight, _ = end_under_load(system, signal.SIGKILL, 5)
+    ending = end_under_load(system, signal.SIGKILL, 5)
     began_s = time.monotonic()
     _, alive = psutil.wait_procs(system.shell.processes(), timeout=_GONE_S)
     gone_s = time.monotonic() - began_s
@@ -72,8 +82,8 @@ def test_the_driver_is_killed(system: System) -> None:
     until(lambda: not os.path.exists(home), 5)
     again_s = system.launch()
     note = f"all processes gone after {gone_s:.1f} s; ready: a new launch"
-    count("T07", "kill -9 of the driver", asked, in_flight=in_flight, ready_s=again_s, note=note)
-    assert_ends(asked, may_fail=True, may_cut=True)
+    count("T07", "kill -9 of the driver", ending.asked, in_flight=ending.in_flight, ready_s=again_s, note=note)
+    assert_ends(ending.asked, may_fail=True, may_cut=True)
 
 
 @pytest.mark.parametrize("role", ["gcs", "raylet", "agent", "environments"] if IS_WHOLE else ["gcs"])
@@ -92,9 +102,10 @@ def test_a_part_of_ray_is_killed(system: System, role: str) -> None:
 
 def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
     """T29: what is not done in drain_time ends with an error that says so; exit 0."""
-    asked, in_flight, gone_s = end_under_load(system, signal.SIGTERM, 30)
-    count("T29", "SIGTERM, drain_time 1 s", asked, in_flight=in_flight, note=f"ended after {gone_s:.1f} s, exit 0")
-    assert_ends(asked, may_fail=True, may_cut=False, may_refuse=True)
+    ending = end_under_load(system, signal.SIGTERM, 30)
+    note = f"ended after {ending.gone_s:.1f} s, exit 0"
+    count("T29", "SIGTERM, drain_time 1 s", ending.asked, in_flight=ending.in_flight, note=note)
+    assert_told(ending.asked, ending.told_s)
     record = system.shell.record("tiny")
     assert (record.state, record.exit_code) == ("ended", 0)
     assert system.shell.run("down", "tiny").code == 0
@@ -104,8 +115,9 @@ def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
 @pytest.mark.whole
 def test_interrupted_under_load(system: System) -> None:
     """T28: Ctrl-C: within 10 s, every request with an end that it can read, nothing left."""
-    asked, in_flight, gone_s = end_under_load(system, signal.SIGINT, _INTERRUPTED_S)
-    count("T28", "Ctrl-C while serving", asked, in_flight=in_flight, note=f"ended after {gone_s:.1f} s")
-    assert_ends(asked, may_fail=True, may_cut=False, may_refuse=True)
+    ending = end_under_load(system, signal.SIGINT, _INTERRUPTED_S)
+    note = f"ended after {ending.gone_s:.1f} s"
+    count("T28", "Ctrl-C while serving", ending.asked, in_flight=ending.in_flight, note=note)
+    assert_told(ending.asked, ending.told_s)
     assert system.shell.run("down", "tiny").code == 0
     system.shell.assert_nothing_left()

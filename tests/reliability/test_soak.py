@@ -77,7 +77,7 @@ def test_soak(launch: Callable[..., System], streamed: dict[str, Any], tmp_path:
         with Clients(system.url, system.questions, rate_per_s=rate_per_s, leave_every=5, seed=SEED) as clients:
             while time.monotonic() < end_s:
                 pause(min(draw.uniform(*_QUIET_S), end_s - time.monotonic()))
-                if draw.random() < 0.6:
+                if kills <= failures:
                     kill_a_rank(system, watch, draw)
                     kills += 1
                 else:
