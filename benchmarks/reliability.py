@@ -71,7 +71,8 @@ answer, greedy in float32, on a tiny model as TP2×PP2 with streamed weights.
 - *answered*: the text of an undisturbed run, byte by byte, none missing and none twice;
 - *left*: the client went away itself;
 - *errored*: an explicit error in OpenAI's shape;
-- *cut*: the connection ended, which only the death of the process that holds it may do;
+- *cut*: the connection ended, which only the death of the process that holds it may do, or a door that closes behind a
+  run that was told to end;
 - *lost*: no end within two minutes;
 - *detected*: seconds from the injection until `/health/ready` is not 200 any more (a dash: it was all the time);
 - *ready*: seconds from the injection until all is as it was.
@@ -121,11 +122,11 @@ def render(
     command: str, where: str, figures: Sequence[Mapping[str, Any]], ran: Mapping[str, tuple[bool, float]]
 ) -> str:
     """The page."""
-    lines = [_HEAD.format(command=command, machine=where, load=_LOAD), *_table(figures), "", *_verdict(figures)]
+    lines = [_HEAD.format(command=command, machine=where, load=_LOAD), *_table(figures), "", *_verdict(figures, ran)]
     lines += ["", "## Tests", "", "Those above, and those whose cases have no such load.", ""]
     lines += ["| case | test | outcome | seconds |", "| --- | --- | --- | ---: |"]
     for name, cases in sorted((own_tests() | ELSEWHERE).items(), key=lambda item: (item[1], item[0])):
-        outcome, seconds = "did not run", "–"
+        outcome, seconds = "no outcome", "–"
         if name in ran:
             outcome, seconds = ("passed" if ran[name][0] else "**failed**"), f"{ran[name][1]:.0f}"
         lines.append(f"| {cases} | `{name}` | {outcome} | {seconds} |")
@@ -149,8 +150,8 @@ def _table(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*head, *rows, *below]
 
 
-def _verdict(figures: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was wanted of them, and every row that missed it."""
+def _verdict(figures: Sequence[Mapping[str, Any]], ran: Mapping[str, tuple[bool, float]]) -> list[str]:
+    """What was wanted of the rows, every row that missed it, and the tests that cannot vouch for theirs."""
     missed = []
     for one in figures:
         if one["lost"] or one["wrong"]:
@@ -161,6 +162,12 @@ def _verdict(figures: Sequence[Mapping[str, Any]]) -> list[str]:
         if (one["ready_s"] or 0) > _READY_S:
             missed.append(f"{one['injected']}: ready after {one['ready_s']} s, wanted {_READY_S:g} s")
     wanted = f"a dead rank detected in {_RANK_S:g} s, a silent one in {_SILENT_S:g} s, ready again in {_READY_S:g} s"
+    tests = own_tests() | ELSEWHERE
+    failed = [name for name in tests if name in ran and not ran[name][0]]
+    if unknown := sum(name not in ran for name in tests):
+        missed.append(f"{unknown} of {len(tests)} tests have no outcome: the run was broken off, or they were left out")
+    if failed:
+        missed.append(f"{len(failed)} tests failed: a case that was not survived has no row above")
     lines = [f"Wanted: none lost, no wrong text, {wanted}. {'All of it was reached.' if not missed else 'Missed:'}"]
     return [*lines, *([""] if missed else []), *(f"- {line}" for line in missed)]
 

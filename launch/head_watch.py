@@ -135,7 +135,7 @@ def ask_cluster() -> Ask:
 
     def ask(timeout_s: float) -> Gone | None:
         nonlocal ended_s
-        if raylet is not None and not raylet.is_running():
+        if raylet is not None and _has_ended(raylet):
             ended_s = ended_s or time.monotonic()
             if time.monotonic() < ended_s + _GRACE_S:
                 return None  # what can be finished now is
@@ -154,7 +154,8 @@ def ask_own() -> Ask:
     node, cluster = worker._global_node, ask_cluster()
 
     def ask(timeout_s: float) -> Gone | None:
-        for name, grace_s in (("gcs_server", _TO_FINISH * _rays_patience()), ("raylet", _GRACE_S)):
+        # a raylet takes the processes that it has started with it, the replica and the ranks
+        for name, grace_s in (("gcs_server", _TO_FINISH * _rays_patience()), ("raylet", 0.0)):
             for info in node.all_processes.get(name, ()):
                 code = info.process.poll()
                 if code is not None:
@@ -172,6 +173,13 @@ def _find_raylet(socket: str) -> psutil.Process | None:
             if process.name() == "raylet" and f"--raylet_socket_name={socket}" in process.cmdline():
                 return process
     return None
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _rays_patience() -> float:

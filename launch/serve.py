@@ -209,8 +209,11 @@ def _serve_until_signal(config: RunConfig, run: ServeConfig, entry: Run) -> None
                 raise
             entry.note("degraded", detail=str(error))
             drain_s = min(run.limits.drain_time, backend.grace_s)
-            console.print(f"{error}. Open requests have {drain_s:g} s to finish", markup=False)
-            _close(handle, drain_s)
+            if drain_s:
+                console.print(f"{error}. Open requests have {drain_s:g} s to finish", markup=False)
+                _close(handle, drain_s)
+            else:  # the replica is gone as well, and Ray would wait for it longer than it lets this process live
+                console.print(f"{error}. Open requests are cut", markup=False)
             if config.cluster.address is not None:
                 raise
             raise _RayLost(str(error)) from error

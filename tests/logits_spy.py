@@ -48,7 +48,7 @@ def _greedy_run(
         return SchedulerConfig(**{**values, "max_steps_in_flight": 1, "max_micro_batches": 2})
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_infer.llm.SchedulerConfig", same_steps)
+        patch.setattr("dist_infer.gang.SchedulerConfig", same_steps)
         patch.setattr(stage_runner, "sample", spy)
         with LLM(config) as llm:
             params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)

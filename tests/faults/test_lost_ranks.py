@@ -249,7 +249,7 @@ def lose_a_node_and_a_rank(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -
 
     monkeypatch.setattr(StageModel, "layer", fails_once)
     monkeypatch.setattr(LosesANode, "memory_bytes", memory_bytes)
-    monkeypatch.setattr(gang, "make_backend", lambda config, name: LosesANode(config))
+    monkeypatch.setattr(gang, "make_backend", lambda config, name, apart: LosesANode(config))
 
 
 def test_nodes_that_are_left_take_over_by_a_plan_of_their_own_and_what_that_costs_is_said(

@@ -58,7 +58,7 @@ def model(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def two_stages(model: Path, store_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
-    monkeypatch.setattr(gang, "make_backend", lambda config, name: StageProcesses(config))
+    monkeypatch.setattr(gang, "make_backend", lambda config, name, apart: StageProcesses(config))
     with LLM(run_config(model, store_root, parallel={"pipeline": 2}, cluster={"max_restarts": 0})) as llm:
         yield llm
 
@@ -69,7 +69,7 @@ def test_two_steps_under_way_give_the_same_tokens_as_one_stage(two_stages: LLM, 
     found = Crowd(two_stages).tokens()
     assert Counting.most == 2
     with pytest.MonkeyPatch.context() as restored:
-        restored.setattr(gang, "make_backend", lambda config, name: LocalBackend(config))
+        restored.setattr(gang, "make_backend", lambda config, name, apart: LocalBackend(config))
         with LLM(run_config(model, store_root)) as one:
             assert Crowd(one).tokens() == found
 
