@@ -9,6 +9,7 @@ It lies below the environment (or in TORCH_EXTENSIONS_DIR), in a directory of it
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -117,6 +118,7 @@ def compile_op(name: str, compile_it: Callable[[], None], needs: str) -> Path:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
     os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", "")))
     try:
+        importlib.import_module("deepspeed.ops.op_builder")  # without it nothing is left behind
         directory.mkdir(parents=True, exist_ok=True)
         compile_it()
     except ModuleNotFoundError as error:
