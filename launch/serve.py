@@ -258,7 +258,8 @@ def _serve(handle: Any, backend: RayBackend, drain_s: float, signals: Signals, e
     """
     drained, failed_s = False, None
     while (came := signals.wait(_LOOK_S)) != signal.SIGTERM:
-        backend.raise_if_lost()
+        if backend.is_lost:  # looked at now: a call into a Ray without a raylet may end this process
+            backend.raise_if_lost()
         if came == signal.SIGUSR1 and not drained:
             entry.note("draining")
             _drain(handle, drain_s)
