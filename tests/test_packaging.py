@@ -153,6 +153,7 @@ def test_the_error_tree_is_public_with_its_exit_codes() -> None:
         "UnsupportedModelError": 3,
         "StoreError": 3,
         "ClusterError": 4,
+        "ClusterGoneError": 4,
         "WorkerError": 4,
     }
     assert issubclass(dist_infer.errors.ConfigError, ValueError)
