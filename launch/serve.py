@@ -244,7 +244,7 @@ def _remove(name: str, label: str) -> None:
     from ray import serve
 
     try:
-        serve.delete(label, _blocking=False)
+        serve.delete(label)  # waits: who hears that the run has ended finds nothing of it
     except Exception as error:  # Serve's own, and Ray's where it is gone
         raise ClusterError(
             f"could not remove the endpoint from the cluster: {error}. `dist-infer down {name}` tries it again"
