@@ -20,6 +20,7 @@ from dist_infer.config import RunConfig
 from dist_infer.serve_config import ServeConfig
 from dist_infer.startup import Progress
 from launch.interrupt import EXIT_CODE, before_force
+from launch.raylet import RAYLET
 from launch.runs import reap
 from launch.runs.announce import Announcer, Notice
 from launch.runs.clear import clear_here, clear_in_cluster
@@ -88,8 +89,8 @@ class Run:
             _forget_files(self._directory, self._announcer.log)
         run_id, cluster = new_run_id(), self._config.cluster
         serves = self._config.run if isinstance(self._config.run, ServeConfig) else None
-        self._environment = {variable: os.environ.get(variable) for variable in (MARK, *VARIABLES)}
-        os.environ[MARK] = run_id
+        self._environment = {variable: os.environ.get(variable) for variable in (MARK, RAYLET, *VARIABLES)}
+        os.environ |= {MARK: run_id, RAYLET: str(os.getpid())}
         process = ProcessId.here()
         if cluster.address is None and (serves is not None or cluster.executor == "ray"):
             self._home = RayHome.make()
