@@ -23,6 +23,8 @@ def test_a_killed_driver(shell: Shell, write_run: WriteRun, tmp_path: Path) -> N
     process = shell.start("launch", file)
     read_until(process, "serving")
     home = Path(str(shell.record("tiny").home))
+    names = [process.cmdline()[0] for process in shell.processes()]
+    assert {"ray::DashboardAgent", "ray::RuntimeEnvAgent"} <= {name.strip() for name in names}  # they can be found
     process.kill()
     _, alive = psutil.wait_procs(shell.processes(), timeout=15)
     assert alive == []
