@@ -66,7 +66,11 @@ def test_a_peer_that_never_answers_costs_its_deadline_and_no_more(monkeypatch: p
     assert "timed out" in link.problem
 
 
-@pytest.mark.parametrize("said", [b"", bytes(10_000), b"GET / HTTP/1.1\r\n\r\n", TOKEN, TOKEN + bytes(1 << 20)])
+@pytest.mark.parametrize(
+    "said",
+    [b"", bytes(10_000), b"GET / HTTP/1.1\r\n\r\n", TOKEN, TOKEN + bytes(1 << 20)],
+    ids=["nothing", "zeros", "HTTP", "the token", "the token and more"],
+)
 def test_a_stranger_on_the_port_harms_nobody(server: EchoServer, said: bytes) -> None:
     """Garbage, half of the protocol and silence; the nodes meet meanwhile and afterwards."""
     with socket.create_connection((server.peer.host, server.peer.port), timeout=2) as stranger:
