@@ -17,7 +17,7 @@ from dist_infer.messages import decode, encode
 from dist_infer.node_store import NodeStore, PackHere, PackOrder, PackProgress
 from launch.head_watch import HeadWatch, ask_cluster, ask_own
 from launch.ray_start import keep_standard_output, own_machine
-from launch.raylet import KEEP_ENVIRONMENT
+from launch.raylet import KEEP_ENVIRONMENT, end_orphans, own_raylet
 from launch.root_guard import check_one_root
 from launch.runs.mark import run_label
 from partition.errors import ClusterError
@@ -135,6 +135,7 @@ class RayBackend:
 
     def close(self) -> None:
         """End the embedded Ray with all its processes, or leave the cluster. Idempotent; `start` begins anew."""
+        lost = self._head is not None and self._head.is_lost
         if self._head is not None:
             self._head.stop()
         self._head, self._nodes = None, ()
@@ -142,7 +143,10 @@ class RayBackend:
             import ray
 
             self._started = False
+            raylet = own_raylet() if lost and self._config.address is None else None
             ray.shutdown()
+            if raylet is not None:
+                end_orphans(raylet)
 
     def raise_if_lost(self) -> None:
         """ClusterError when Ray itself is gone, ClusterGoneError when that cannot be mended by closing and starting."""

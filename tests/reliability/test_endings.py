@@ -101,6 +101,7 @@ def test_a_part_of_ray_is_killed(system: System, role: str) -> None:
         note="Ray is started again, and the replica with it",
     )
     suffer(system, case)
+    assert [len(system.of_role(each)) for each in RAY_PARTS] == [1, 1, 1, 1]  # of the one before nobody is left
 
 
 def test_an_answer_that_is_longer_than_the_drain(system: System) -> None:
