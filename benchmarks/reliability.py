@@ -46,9 +46,10 @@ ELSEWHERE = {
     "tests/runs/test_killed.py::test_interrupted_before_anything": "T28",
     "tests/runs/test_killed.py::test_interrupted_twice_while_draining": "T28",
     "tests/runs/test_served.py::test_drain_then_down": "T29",
+    "tests/system/test_ray_head.py::test_a_process_of_ray_that_is_killed_is_a_pause": "T32",
+    # together, in this order: they share a cluster, and the last one ends it
     "tests/namespaces/test_two_hosts.py::test_a_short_cut_is_a_pause": "T31",
     "tests/namespaces/test_two_hosts.py::test_a_host_that_is_cut_off_is_done_without_and_comes_back_fenced": "T31",
-    "tests/system/test_ray_head.py::test_a_process_of_ray_that_is_killed_is_a_pause": "T32",
     "tests/namespaces/test_two_hosts.py::test_without_rays_head_open_requests_finish_and_later_ones_are_told": "T32",
     "tests/openai/test_crowds.py::test_no_answer_has_another_s_secret": "T36",
 }

@@ -206,7 +206,7 @@ class RayBackend:
                 with own_machine(only=embedded):
                     ray.init(**options)
                 if embedded:
-                    _end_log_monitor()
+                    _end_onlookers()
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "an embedded Ray" if embedded else f"the Ray cluster at {self._config.address}"
             raise ClusterError(f"could not reach or start {where}: {error}") from error
@@ -242,12 +242,18 @@ class RayBackend:
         return HardwareFacts(nodes=tuple(limited))
 
 
-def _end_log_monitor() -> None:
-    """It reads all logs ten times a second to show them here, which is not wanted (`log_to_driver`)."""
+def _end_onlookers() -> None:
+    """What a Ray of one machine and one run starts and nobody asks: 170 MB, and a second of a core as it starts.
+
+    The log monitor reads all logs ten times a second to show them here, which is not wanted (`log_to_driver`); the
+    monitor would start other nodes; the dashboard's server, there without a dashboard too, tells what `status` does.
+    """
     from ray._private import worker
 
     if (node := getattr(worker, "_global_node", None)) is not None:
         node.kill_log_monitor(check_alive=False)
+        node.kill_monitor(check_alive=False)
+        node.kill_dashboard(check_alive=False)
 
 
 def _node_facts(node: ClusterNode) -> Any:

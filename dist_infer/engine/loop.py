@@ -1,7 +1,10 @@
 """The engine: one thread that turns requests into steps and step results into events.
 
-    submit, abort ──inbox──> [ schedule, submit, collect, apply ] ──events──> on_event of each request
-     any thread                     the engine's thread                       called by the engine's thread
+    submit, abort ──inbox──> [ schedule, submit, tell, collect, apply ] ──events──> on_event of each request
+     any thread                        the engine's thread                          called by the engine's thread
+
+What a step has brought is told once the next one is on its way: who hears of it takes time while ranks compute, and not
+between two steps, when they wait.
 
 Every request gets exactly one end, Finished or Failed. An error in one request's own work (its text, its stop strings,
 its callback) fails that request. When the executor loses its ranks the engine asks for others (`recover`), computes
@@ -15,6 +18,7 @@ import functools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +36,7 @@ from dist_infer.engine.request import Request
 from dist_infer.engine.scheduler import Scheduler
 from dist_infer.engine.stats import EngineStats
 from dist_infer.messages import SampledToken, StepPlan, StepResult
+from dist_infer.outputs import TokenEvent
 from dist_infer.sampling_params import SamplingParams
 from partition.errors import ClusterError, ClusterGoneError, ConfigError, DistInferError
 
@@ -94,6 +99,7 @@ class EngineLoop:
         self._num_gang_restarts = 0
         self._thread = threading.Thread(target=self._main, name="dist-infer-engine", daemon=True)
         self._live = LiveRequests(clock)
+        self._outbox: deque[tuple[Generation, TokenEvent | None]] = deque()  # None: its end
         self._wake = threading.Condition()  # guards what is listed down to _num_submitted
         self._inbox: list[Request | _Abort] = []
         self._loss: ClusterError | None = None  # of the executor that is in use
@@ -238,6 +244,7 @@ class EngineLoop:
                 while (plan := self._scheduler.schedule()) is not None:
                     self._note_scheduled(plan)
                     self._executor.submit(self._for_ranks(plan))
+                self._tell()
                 if self._scheduler.num_in_flight:
                     result = self._executor.collect(self._step_timeout_s)
                     new_tokens = self._scheduler.apply(result)
@@ -259,6 +266,8 @@ class EngineLoop:
 
     def _take_inbox(self) -> bool:
         """Wait until there is something to do, let new requests and aborts in. False: closed and nothing in flight."""
+        if not self._scheduler.has_requests:
+            self._tell()
         self._stats = self._take_stats()
         with self._wake:
             while not (self._inbox or self._closing or self._loss or self._scheduler.has_requests):
@@ -304,6 +313,7 @@ class EngineLoop:
 
         Raises the error when that is not wanted, with the second cause when it fails.
         """
+        self._tell()
         with self._wake:
             if self._recover is None or self._closing or isinstance(error, ClusterGoneError):
                 raise error
@@ -366,20 +376,33 @@ class EngineLoop:
             try:
                 event, has_ended = generation.advance(request, token, now_s)
                 if event is not None:
-                    generation.on_event(event)
+                    self._outbox.append((generation, event))
                 if has_ended:
                     self._scheduler.finish(request)
                     if generation.has_ended:
-                        self._live.finish(generation)
+                        self._outbox.append((generation, None))
             except Exception as error:
                 self._fail(generation, error)
 
+    def _tell(self) -> None:
+        while self._outbox:
+            generation, event = self._outbox.popleft()
+            if event is None:
+                self._live.finish(generation)
+            elif self._live.by_client_id(generation.request_id) is generation:  # else its callback has raised
+                try:
+                    generation.on_event(event)
+                except Exception as error:
+                    self._fail(generation, error)
+
     def _abort(self, generation: Generation) -> None:
+        self._tell()  # before its end, what came before
         self._stop_working_on(generation)
         self._live.abort(generation)
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         """This request alone."""
+        self._tell()
         self._stop_working_on(generation)
         self._live.fail(generation, error)
 
@@ -395,6 +418,7 @@ class EngineLoop:
             else:
                 self._failure = error
             self._inbox = []
+        self._tell()
         for generation in self._live.all():
             if error is None:
                 self._live.abort(generation)

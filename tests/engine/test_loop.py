@@ -408,6 +408,16 @@ def test_close_lets_the_steps_in_flight_come_back(engine: Engine) -> None:
     assert client.end().reason in ("abort", "length")  # type: ignore[union-attr]
 
 
+def test_a_step_is_told_of_once_the_next_one_is_under_way(engine: Engine) -> None:
+    """What listens takes time: ranks compute meanwhile. At the end there is no next one to wait for."""
+    loop = engine(next_token=lambda ids, sampling: 97)
+    num_sent: list[int] = []
+    client = Client(lambda event: num_sent.append(len(engine.executor.plans)))
+    loop.submit("a", list(b"Q:"), None, SamplingParams(max_tokens=3), client)
+    assert client.answer().text == "aaa"
+    assert num_sent == [2, 3, 3, 3]
+
+
 def test_close_before_start_ends_what_was_queued(engine: Engine) -> None:
     loop = engine(start=False)
     client = ask(loop, "a", max_tokens=4)
