@@ -243,7 +243,7 @@ class RayBackend:
 
 
 def _end_onlookers() -> None:
-    """What a Ray of one machine and one run starts and nobody asks: 170 MB, and a second of a core as it starts.
+    """What a Ray of one machine and one run starts and nobody asks: two of them 126 MB (PSS), beside the third.
 
     The log monitor reads all logs ten times a second to show them here, which is not wanted (`log_to_driver`); the
     monitor would start other nodes; the dashboard's server, there without a dashboard too, tells what `status` does.

@@ -27,13 +27,13 @@ def own_raylet() -> int | None:
     return pid
 
 
-def end_orphans(raylet: int) -> list[int]:
-    """End what a raylet that is gone has started. Returns the pids; waits for the last of them.
+def end_orphans(raylet: int) -> None:
+    """End what a raylet that is gone has started, and wait for it, for some seconds at most.
 
     Ranks end with it, but its agents try for a minute to tell a head that is gone as well.
     """
     if psutil.pid_exists(raylet):
-        return []
+        return
     orphans, here = [], _pid_namespace(os.getpid())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -41,7 +41,6 @@ def end_orphans(raylet: int) -> list[int]:
                 process.kill()
                 orphans.append(process)
     psutil.wait_procs(orphans, timeout=_END_S)
-    return [process.pid for process in orphans]
 
 
 def _pid_namespace(pid: int) -> str:
